@@ -1,0 +1,1 @@
+"""Operators of the xf dialect, one folder each."""

@@ -1,0 +1,1 @@
+"""Models written to be read, one file per family."""
