@@ -1,0 +1,5 @@
+"""A linear layer."""
+
+from xformopt.kernels.linear.reference import linear
+
+__all__ = ["linear"]

@@ -1,0 +1,31 @@
+"""Schema, shape rule and cost of ``xf.rms_norm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from xformopt.kernels.definition import Operator
+from xformopt.kernels.rms_norm.reference import rms_norm
+
+__all__ = ["OPERATOR"]
+
+
+def _infer(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float, groups: int = 1) -> torch.Tensor:
+    width = x.shape[-1] // groups
+    torch._check(weight is None or weight.shape[0] == width, lambda: "x and weight disagree on the width of a group")
+    return x.new_empty(x.shape)
+
+
+def _flops(x: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """Square, mean, scaling and weight: four operations an element."""
+    return 4 * x.numel()
+
+
+OPERATOR = Operator(
+    name="rms_norm",
+    schema="(Tensor x, Tensor? weight=None, *, float eps, int groups=1) -> Tensor",
+    reference=rms_norm,
+    infer=_infer,
+    flops=_flops,
+)

@@ -1,0 +1,23 @@
+"""The IR: Program, its dimensions, its text, its files."""
+
+from __future__ import annotations
+
+from xformopt.program.dims import Dim, Dims, Shape, Size
+from xformopt.program.interpret import infer_value, interpret
+from xformopt.program.program import Input, Level, Output, Program, path_of, shape_of, value_of
+
+__all__ = [
+    "Dim",
+    "Dims",
+    "Input",
+    "Level",
+    "Output",
+    "Program",
+    "Shape",
+    "Size",
+    "infer_value",
+    "interpret",
+    "path_of",
+    "shape_of",
+    "value_of",
+]
