@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -68,7 +68,7 @@ class Dims:
         self._sizes[dim.name] = size  # type: ignore[assignment]
         self._names[symbol] = sympy.Symbol(dim.name, integer=True, positive=True)
 
-    def __iter__(self) -> Iterable[Dim]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Dim]:
         return iter(self._dims.values())
 
     def __getitem__(self, name: str) -> Dim:
