@@ -285,15 +285,28 @@ class _Builder:
         kwargs = fx.map_arg(node.kwargs, known.__getitem__)
         if kind in _TRANSPARENT_WRAPPERS:
             return self._inline(kind, args)
+        if kind == "pad" and (len(args) < 3 or args[2] == "constant"):
+            return self._pad(node, args)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
                 f"The model uses {kind} at {_module_path(node) or 'its top level'}: control flow inside the graph is "
                 f"not supported. Replace it by tensor operations such as torch.where."
             )
-        created = self.program.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-        created.meta["val"] = self._infer(created, node)
-        created.meta["path"] = _module_path(node)
+        return self._create(node, node.target, args, kwargs)
+
+    def _create(self, source: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        created = self.program.graph.create_node("call_function", target, args, kwargs, name=source.name)
+        created.meta["val"] = self._infer(created, source)
+        created.meta["path"] = _module_path(source)
         return created
+
+    def _pad(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        # aten.pad asks for concrete sizes when it is inferred; constant_pad_nd says the same without asking
+        amounts = args[1]
+        if all(isinstance(amount, int) and amount == 0 for amount in amounts):
+            return args[0]
+        value = args[3] if len(args) > 3 and args[3] is not None else 0
+        return self._create(node, torch.ops.aten.constant_pad_nd.default, (args[0], amounts, value), {})
 
     def _infer(self, created: fx.Node, source: fx.Node) -> Any:
         try:
