@@ -93,7 +93,8 @@ class Editor:
         """Insert an operator node and return it; ``target`` is a torch operator overload or a Python function."""
         assert self._root is not None
         with self.program.graph.inserting_before(self._root):
-            node = self.program.graph.create_node("call_function", target, args, kwargs, name=name)
+            label = name or getattr(target, "_opname", None)
+            node = self.program.graph.create_node("call_function", target, args, kwargs, name=label)
         try:
             node.meta["val"] = infer_value(self.program, node)
         except Exception:

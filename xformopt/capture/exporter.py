@@ -380,4 +380,6 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
 
 def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    # size reads that torch.export adds carry a placeholder for a path
+    return "" if path.startswith("_empty_nn_module_stack") else path
