@@ -48,7 +48,7 @@ class Heads:
 
 
 def find_heads(probe: Probe, node: fx.Node, *, transposed: bool = False, lead: tuple[int, ...] = ()) -> Heads | None:
-    """Find the nearest three-dimensional value whose channels the heads of ``node`` are.
+    """Find the earliest three-dimensional value whose channels the heads of ``node`` are.
 
     Args:
         probe: Of the program.
@@ -56,7 +56,7 @@ def find_heads(probe: Probe, node: fx.Node, *, transposed: bool = False, lead: t
         transposed: ``node`` is ``[..., D, T]``.
         lead: Leading shape to which ``node`` is broadcast (heads shared by a product), as concrete sizes.
     """
-    for source in movement_chain(node)[1:] or [node]:
+    for source in reversed(movement_chain(node)):
         if not isinstance(source.meta.get("val"), torch.Tensor) or value_of(source).dim() != 3:
             continue
         moved = probe.moved(node, source)
