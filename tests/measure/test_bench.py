@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from xformopt.bench import BenchSettings, Candidate, run_bench
 from xformopt.errors import UsageError
+from xformopt.measure.child import Child
 from xformopt.measure.machine import Peaks
 
 RUNNERS = """
@@ -131,7 +133,7 @@ def test_every_contract_key_is_present_and_filled() -> None:
 
 
 def test_a_slower_run_has_a_ratio_below_one() -> None:
-    speedup = bench("eager", "slow").runs[1].speedup
+    speedup = bench("fast", "slow").runs[1].speedup
     assert speedup is not None
     assert speedup.ratio < 1
     assert speedup.is_difference
@@ -157,8 +159,14 @@ def test_a_run_that_fails_has_an_error_and_no_times_and_the_others_go_on(target:
     assert fine.latency_ms is not None
 
 
-def test_a_run_that_hangs_is_stopped() -> None:
-    failed, fine = bench("hangs-later", "fast", timeout_seconds=3.0).runs
+def test_a_run_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Child.ask
+
+    def impatient(child: Child, command: str, *, timeout: float, **arguments: Any) -> dict[str, Any]:
+        return ask(child, command, timeout=0.5 if command == "round" else timeout, **arguments)
+
+    monkeypatch.setattr(Child, "ask", impatient)
+    failed, fine = bench("hangs-later", "fast", over="fast").runs
     assert failed.error is not None
     assert "gave no answer" in failed.error
     assert fine.latency_ms is not None
@@ -177,10 +185,10 @@ def test_a_lossy_candidate_may_state_its_own_limit() -> None:
 
 
 def test_without_a_reference_the_run_compared_with_is_it() -> None:
-    report = bench("wrong", "eager", reference=None)
+    report = bench("wrong", "fast", reference=None, over="fast")
     assert report.runs[0].error is not None
     assert report.runs[1].fidelity is None
-    assert report.protocol["reference"] == "eager"
+    assert report.protocol["reference"] == "fast"
 
 
 def test_padding_does_not_count() -> None:
@@ -205,7 +213,7 @@ def test_a_profile_that_fails_costs_a_note() -> None:
 def test_the_rounds_are_interleaved_and_reported() -> None:
     seen: list[tuple[str, int, int]] = []
     run_bench(
-        candidates("eager", "fast"),
+        candidates("slow", "fast"),
         X,
         Y,
         settings=SETTINGS,

@@ -59,6 +59,7 @@ class Child:
             self._process.stdin.flush()
             line = self._answers.get(timeout=timeout)
         except queue.Empty:
+            self._process.kill()
             self.close()
             raise MeasurementError(
                 f'the process of this run gave no answer to "{command}" in {timeout:g} s and was stopped.'

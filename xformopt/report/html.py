@@ -88,6 +88,8 @@ def _section(report: BenchReport, key: str, markup: Any) -> dict[str, Any]:
         "verdict": title.removeprefix(f"{report.source or 'the model'}: "),
         "basis": basis,
         "setting": wording.setting(report),
+        "reference": wording.reference(report),
+        "busy": wording.busy(report),
         "best": wording.best_run(report),
         "latency_svg": markup(latency_plot(report.runs, f"{key}-latency")),
         "roofline_svg": markup(roofline_plot(report.runs, f"{key}-roofline")),

@@ -20,6 +20,8 @@ def print_report(report: BenchReport, console: Console | None = None) -> None:
         console.print(Text(title, style="bold"))
         console.print(Text(basis, style="dim"))
         console.print(runs_table(report))
+    if wording.busy(report):
+        console.print(Text(wording.busy(report), style="yellow"))
     for run in report.runs:
         if run.error is not None:
             console.print(Text.assemble((f"{run.name} failed: ", "bold red"), run.error))

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from xformopt.report.schema import BenchReport, FidelityRecord, Run
 
 __all__ = [
+    "MINUS",
+    "TIMES",
+    "UNKNOWN",
     "best_run",
+    "busy",
     "bytes_",
     "headline",
     "interval",
     "milliseconds",
+    "reference",
     "relative",
     "setting",
     "share",
@@ -86,6 +91,23 @@ def setting(report: BenchReport) -> str:
             parts.append(f"{first.threads} thread{'s' if first.threads != 1 else ''}")
     parts.append(report.machine.cpu if report.machine.cpu != "unknown" else "")
     return ", ".join(part for part in parts if part)
+
+
+def reference(report: BenchReport) -> str:
+    """Say what fidelity is to."""
+    given = report.protocol.get("reference", "given")
+    return "the original in eager fp32" if given == "given" else str(given)
+
+
+def busy(report: BenchReport) -> str:
+    """Warn that other work ran beside the measurement, or return nothing."""
+    load, cores = report.machine.load_average, report.machine.cores
+    if load is None or not cores or load < 0.5 * cores:
+        return ""
+    return (
+        f"The machine was busy before the start (load {load:.1f} on {cores} cores): times are longer and "
+        "intervals wider than on a quiet one."
+    )
 
 
 def best_run(report: BenchReport) -> Run | None:
