@@ -23,7 +23,7 @@ _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line"} | {
     color: f"run-{index}" for index, color in enumerate(_RUNS)
 }
 _POINTS = 300
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
@@ -89,7 +89,7 @@ def roofline_plot(runs: Sequence[Run], key: str) -> str:
         intensities = [roof.intensity for roof in roofs]
         low, high = min([ridge, *intensities]) / 6, max([ridge, *intensities]) * 6
         axes.plot([low, ridge, high], [low * gbytes_s, gflops, gflops], color=_INK, lw=1.4)
-        labels = {"fontsize": 9, "color": _MUTED, "textcoords": "offset points"}
+        labels: dict[str, Any] = {"fontsize": 9, "color": _MUTED, "textcoords": "offset points"}
         axes.annotate(f"{gflops:.0f} GFLOP/s, fp32", (high, gflops), xytext=(0, 3), ha="right", **labels)
         axes.annotate(f"{gbytes_s:.1f} GB/s, copy", (low, low * gbytes_s), xytext=(14, 0), va="top", **labels)
         for index, run in shown:

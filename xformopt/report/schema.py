@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,7 +25,7 @@ __all__ = [
     "Speedup",
 ]
 
-SCHEMA = "xformopt/bench/1"
+SCHEMA: Final = "xformopt/bench/1"
 
 
 class _Record(BaseModel):
@@ -166,7 +166,7 @@ class MachineRecord(_Record):
 class BenchReport(_Record):
     """A comparison of runs on one machine, and the history of the passes that made them."""
 
-    schema_: Literal["xformopt/bench/1"] = Field(SCHEMA, alias="schema")
+    schema_: Literal["xformopt/bench/1"] = Field(default=SCHEMA, alias="schema")
     machine: MachineRecord = Field(default_factory=MachineRecord)
     runs: list[Run] = Field(default_factory=list)
     source: str | None = None
