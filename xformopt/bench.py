@@ -151,9 +151,7 @@ def run_bench(
     shape = _batch_and_length(inputs, settings)
     runs = [_run(entry, bench, shape, peaks) for entry in bench.entries]
     record = MachineRecord(**machine.to_dict(), peaks=asdict(peaks) if peaks else None)
-    return BenchReport(
-        machine=record, runs=runs, source=source, protocol=bench.protocol(reference is not None)
-    )
+    return BenchReport(machine=record, runs=runs, source=source, protocol=bench.protocol(reference is not None))
 
 
 class _Bench:

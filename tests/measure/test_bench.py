@@ -195,9 +195,7 @@ def test_padding_does_not_count() -> None:
     spoiled = {"y": Y["y"].copy()}
     spoiled["y"][2] = 100.0
     valid = {"y": np.array([True, True, False])}
-    run = run_bench(
-        candidates("fast"), X, spoiled, valid=valid, settings=SETTINGS, peaks=Peaks(1, 1.0, 1.0)
-    ).runs[0]
+    run = run_bench(candidates("fast"), X, spoiled, valid=valid, settings=SETTINGS, peaks=Peaks(1, 1.0, 1.0)).runs[0]
     assert run.error is None
     assert run.fidelity is not None
     assert run.fidelity.relative_l2 == 0.0

@@ -41,8 +41,7 @@ def test_percentiles_are_interpolated() -> None:
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(2)
     covered = sum(
-        10.0 in (median_interval(rounds(generator, 20, 5, 10.0), resamples=400) or Interval(0, 0))
-        for _ in range(200)
+        10.0 in (median_interval(rounds(generator, 20, 5, 10.0), resamples=400) or Interval(0, 0)) for _ in range(200)
     )
     assert 0.88 <= covered / 200 <= 0.99
 
@@ -61,9 +60,7 @@ def test_pairing_cancels_what_slows_both_sides() -> None:
 
 def test_noise_is_no_difference() -> None:
     generator = np.random.default_rng(4)
-    same = [
-        ratio_of_medians(rounds(generator, 20, 5, 10.0), rounds(generator, 20, 5, 10.0)) for _ in range(50)
-    ]
+    same = [ratio_of_medians(rounds(generator, 20, 5, 10.0), rounds(generator, 20, 5, 10.0)) for _ in range(50)]
     assert sum(ratio.is_difference for ratio in same) <= 6
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from xformopt.kernels.definition import xf
 from xformopt.lift.layout import Heads, find_heads, split_heads, take_channels
 from xformopt.lift.masks import MaskClass, classify_mask
-from xformopt.lift.probe import Probe, is_movement, operator_name
+from xformopt.lift.probe import Probe, constant_factor, is_movement, operator_name
 from xformopt.program import Program, value_of
 from xformopt.rewrite import Editor, Reject
 
@@ -53,7 +53,7 @@ class LiftAttention:
     __name__ = "lift-attention"
 
     def __init__(self, program: Program) -> None:
-        self._classes: dict[tuple[str, str], MaskClass | str] = {}
+        self._classes: dict[tuple[str, str, str], MaskClass | str] = {}
 
     def __call__(self, editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
         """Replace the product with the values by ``xf.attention`` followed by a split into heads."""
@@ -83,7 +83,7 @@ class LiftAttention:
             bias,
             heads=parts.q.count,
             kv_heads=parts.k.count,
-            scale=parts.logits.scale,
+            scale=parts.logits.scale * parts.q.factor * parts.k.factor,
             **bounds,
         )
         return _like(editor, split_heads(editor, result, parts.q.count), node)
@@ -96,8 +96,8 @@ class LiftAttention:
         keys: list[fx.Node] = []
         biases: list[fx.Node] = []
         batch = value_of(q).shape[0]
-        for term, kind, factor, logits in parts.logits.terms:
-            for addend in _addends(term) if kind == "add" else [term]:
+        for term, outer, factor, logits in parts.logits.terms:
+            for addend, kind in _addends(term, outer):
                 meaning = self._classify(editor.program, addend, kind, logits, batch)
                 if isinstance(meaning, str):
                     bias = _as_bias(editor, addend, kind, factor, logits, q, parts.q.count)
@@ -118,20 +118,20 @@ class LiftAttention:
     def _classify(
         self, program: Program, mask: fx.Node, kind: str, logits: fx.Node, batch: int | torch.SymInt
     ) -> MaskClass | str:
-        known = (mask.name, str(tuple(value_of(logits).shape)))
+        shape = tuple(value_of(logits).shape)
+        known = (mask.name, kind, str(shape))
         if known not in self._classes:
-            self._classes[known] = classify_mask(program, mask, tuple(value_of(logits).shape), batch)
-        meaning = self._classes[known]
-        if kind == "drop" and isinstance(meaning, MaskClass):
-            return "the mask says what to drop"
-        return meaning
+            self._classes[known] = classify_mask(program, mask, shape, batch, hides=kind == "drop")
+        return self._classes[known]
 
 
 def _sdpa_parts(node: fx.Node) -> tuple[_Logits, fx.Node, bool] | Reject:
     given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
     given |= node.kwargs
     q, k, v = given["query"], given["key"], given["value"]
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
     if given.get("dropout_p"):
         return Reject("attention drops weights at random (dropout_p > 0)")
     scale = given.get("scale")
@@ -156,7 +156,8 @@ class _LogitsShape:
 def _product_parts(node: fx.Node) -> tuple[_Logits, fx.Node, bool] | Reject | None:
     """Recognize ``softmax(...) @ v``; None where the left side is no softmax."""
     weights, values = node.args
-    assert isinstance(weights, fx.Node) and isinstance(values, fx.Node)
+    assert isinstance(weights, fx.Node)
+    assert isinstance(values, fx.Node)
     softmax = _past_moves(weights)
     if operator_name(softmax) not in ("softmax", "_softmax", "_safe_softmax"):
         return None
@@ -183,9 +184,9 @@ def _walk_logits(node: fx.Node, factor: float = 1.0) -> _Logits | Reject:
     if is_movement(node) or name in ("_to_copy", "to"):
         assert isinstance(node.args[0], fx.Node)
         return _walk_logits(node.args[0], factor)
-    if name in ("mul", "div") and isinstance(number := _number(node.args[1]), float):
+    if (number := constant_factor(node)) is not None:
         assert isinstance(node.args[0], fx.Node)
-        return _walk_logits(node.args[0], factor * (number if name == "mul" else 1 / number))
+        return _walk_logits(node.args[0], factor * number)
     if name == "add" and not node.kwargs:
         return _walk_sum(node, factor)
     if name == "masked_fill" and _is_never(node.args[2]):
@@ -227,10 +228,6 @@ def _first_product(node: fx.Node, factor: float) -> _Logits | Reject:
     return _Logits(operands[1], operands[2], True, factor, [(operands[0], "add", factor, node)])
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _is_never(value: object) -> bool:
     """Whether a fill value means "not attended": -inf or the dtype's lowest number, as number or 0-d constant."""
     if isinstance(value, fx.Node):
@@ -244,12 +241,12 @@ def _is_never(value: object) -> bool:
 
 def _find_parts(program: Program, node: fx.Node, logits: _Logits, values: fx.Node, causal: bool) -> _Parts | Reject:
     probe = Probe(program)
-    lead = torch.broadcast_shapes(*(probe.shape(x)[:-2] for x in (logits.q, logits.k, values)))
-    if operator_name(node) == "scaled_dot_product_attention":
-        lead = ()
+    lead: tuple[int, ...] = ()
+    if logits.k_transposed:
+        lead = tuple(torch.broadcast_shapes(*(probe.shape(x)[:-2] for x in (logits.q, logits.k, values))))
     heads = {
-        "queries": find_heads(probe, logits.q, lead=lead),
-        "keys": find_heads(probe, logits.k, transposed=logits.k_transposed, lead=lead),
+        "queries": find_heads(probe, logits.q, lead=lead, scaled=True),
+        "keys": find_heads(probe, logits.k, transposed=logits.k_transposed, lead=lead, scaled=True),
         "values": find_heads(probe, values, lead=lead),
     }
     for what, found in heads.items():
@@ -271,11 +268,20 @@ def _same(program: Program, q: Heads, k: Heads) -> bool:
     return bool(q_length == shapes.expression(value_of(k.source).shape[k_axis]))
 
 
-def _addends(node: fx.Node) -> list[fx.Node]:
-    """Split a bias into its addends: a model may add its padding mask to its position bias first."""
-    if operator_name(node) != "add" or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
-        return [node]
-    return [part for argument in node.args if isinstance(argument, fx.Node) for part in _addends(argument)]
+def _addends(node: fx.Node, kind: str) -> list[tuple[fx.Node, str]]:
+    """Split what is added to the logits: a model may put its padding mask into its position bias first."""
+    if kind != "add":
+        return [(node, kind)]
+    name = operator_name(node)
+    if name == "add" and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args):
+        return [part for argument in node.all_input_nodes for part in _addends(argument, "add")]
+    if name == "where":
+        condition, kept, other = node.args
+        if isinstance(kept, fx.Node) and value_of(kept).dim() > 0 and _is_never(other):
+            return [*_addends(kept, "add"), (condition, "keep")]  # type: ignore[list-item]
+        if isinstance(other, fx.Node) and value_of(other).dim() > 0 and _is_never(kept):
+            return [*_addends(other, "add"), (condition, "drop")]  # type: ignore[list-item]
+    return [(node, "add")]
 
 
 def _narrower(one: int, other: int) -> int:

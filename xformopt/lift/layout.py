@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from xformopt.kernels.definition import xf
-from xformopt.lift.probe import Probe, movement_chain, operator_name
+from xformopt.lift.probe import Probe, constant_factor, movement_chain, operator_name, scaled_chain
 from xformopt.program import value_of
 from xformopt.rewrite import Editor
 
@@ -21,12 +22,13 @@ aten = torch.ops.aten
 class Heads:
     """A per-head tensor ``[B, H, T, D]`` seen as channels of a three-dimensional ``source``.
 
-    Element (b, h, t, d) is ``source[b, t, channels[h, d]]``, or ``source[t, b, ...]`` if ``time_first``.
+    Element (b, h, t, d) is ``factor * source[b, t, channels[h, d]]``, or ``source[t, b, ...]`` if ``time_first``.
     """
 
     source: fx.Node
     channels: torch.Tensor
     time_first: bool
+    factor: float = 1.0
 
     @property
     def count(self) -> int:
@@ -44,10 +46,12 @@ class Heads:
         if self.count % distinct.shape[0]:
             return None
         repeated = distinct.repeat_interleave(self.count // distinct.shape[0], 0)
-        return Heads(self.source, distinct, self.time_first) if torch.equal(repeated, self.channels) else None
+        return replace(self, channels=distinct) if torch.equal(repeated, self.channels) else None
 
 
-def find_heads(probe: Probe, node: fx.Node, *, transposed: bool = False, lead: tuple[int, ...] = ()) -> Heads | None:
+def find_heads(
+    probe: Probe, node: fx.Node, *, transposed: bool = False, lead: tuple[int, ...] = (), scaled: bool = False
+) -> Heads | None:
     """Find the earliest three-dimensional value whose channels the heads of ``node`` are.
 
     Args:
@@ -55,8 +59,10 @@ def find_heads(probe: Probe, node: fx.Node, *, transposed: bool = False, lead: t
         node: ``[..., T, D]`` with batch and heads in front, in whatever number of axes.
         transposed: ``node`` is ``[..., D, T]``.
         lead: Leading shape to which ``node`` is broadcast (heads shared by a product), as concrete sizes.
+        scaled: Look through products with numbers, and return their product as the factor.
     """
-    for source in reversed(movement_chain(node)):
+    chain = scaled_chain(node) if scaled else movement_chain(node)
+    for source in reversed(chain):
         if not isinstance(source.meta.get("val"), torch.Tensor) or value_of(source).dim() != 3:
             continue
         moved = probe.moved(node, source)
@@ -67,7 +73,8 @@ def find_heads(probe: Probe, node: fx.Node, *, transposed: bool = False, lead: t
         for time_first in (False, True):
             channels = _channels(moved, probe.shape(source), time_first)
             if channels is not None:
-                return Heads(source, channels, time_first)
+                between = chain[: chain.index(source)]
+                return Heads(source, channels, time_first, math.prod(constant_factor(n) or 1.0 for n in between))
     return None
 
 

@@ -35,7 +35,12 @@ class MaskClass:
 
 
 def classify_mask(
-    program: Program, mask: fx.Node, shape: tuple[torch.SymInt | int, ...], batch: torch.SymInt | int
+    program: Program,
+    mask: fx.Node,
+    shape: tuple[torch.SymInt | int, ...],
+    batch: torch.SymInt | int,
+    *,
+    hides: bool = False,
 ) -> MaskClass | str:
     """Return the class of ``mask``, or the reason why it has none.
 
@@ -44,6 +49,7 @@ def classify_mask(
         mask: Boolean (True: attend) or additive, broadcastable to ``shape``.
         shape: Shape of the logits it applies to, ``[..., T, S]``.
         batch: Size of the batch of attention; the leading axes of ``shape`` are batch and heads flattened.
+        hides: A boolean mask says which keys *not* to attend.
     """
     leaves = list(_leaves(mask))
     keys = [leaf for leaf in leaves if leaf.op == "placeholder"]
@@ -55,8 +61,8 @@ def classify_mask(
     if sizes is None:
         return "the mask has constants so large that it cannot be evaluated beyond them"
     probe = Probe(program, sizes)
-    trial = _Trial(probe, mask, keys[0] if keys else None, probe.concrete(shape), probe.concrete([batch])[0])
-    return trial.classify()
+    full, (count,) = probe.concrete(shape), probe.concrete([batch])
+    return _Trial(probe, mask, keys[0] if keys else None, full, count, hides).classify()
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class _Trial:
     keys: fx.Node | None
     shape: tuple[int, ...]
     batch: int
+    hides: bool
 
     def classify(self) -> MaskClass | str:
         """Find the band with every key present, then what the key input does to it."""
@@ -121,6 +128,7 @@ class _Trial:
         visible = _as_visible(found)
         if isinstance(visible, str):
             return visible
+        visible = ~visible if self.hides else visible
         while visible.dim() < len(self.shape):
             visible = visible.unsqueeze(0)
         if len(self.shape) != 4 or self.shape[0] != self.batch:
@@ -172,10 +180,12 @@ def _leaves(mask: fx.Node) -> Iterator[fx.Node]:
 
 def _probe_sizes(program: Program, mask: fx.Node) -> dict[str, int] | None:
     """Choose sizes beyond every integer constant of the mask's subgraph, within what the dimensions admit."""
-    beyond = max(_constants(program, mask), default=0) + 5
+    constants, parameters = _constants(program, mask)
+    # a stored mask is as large as positions can get
+    beyond = min(max(constants, default=0) + 5, *parameters, 2**40)
     sizes: dict[str, int] = {}
     for index, name in enumerate(program.dims.names):
-        wanted = _BATCH if index == 0 and name == "batch" else max(beyond, 9) + 2 * index
+        wanted = _BATCH if index == 0 and name == "batch" else max(beyond, 9)
         dim = program.dims[name]
         sizes[name] = max(dim.low, program.dims.largest(name, wanted))
     probe = Probe(program, sizes)
@@ -183,7 +193,10 @@ def _probe_sizes(program: Program, mask: fx.Node) -> dict[str, int] | None:
     return sizes if elements <= _MAX_ELEMENTS else None
 
 
-def _constants(program: Program, mask: fx.Node) -> Iterator[int]:
+def _constants(program: Program, mask: fx.Node) -> tuple[list[int], list[int]]:
+    """Return the integers in the mask's subgraph, and the lengths of the tensors stored in it."""
+    constants: list[int] = []
+    lengths: list[int] = []
     seen: set[fx.Node] = set()
     pending = [mask]
     while pending:
@@ -191,11 +204,12 @@ def _constants(program: Program, mask: fx.Node) -> Iterator[int]:
         if node in seen:
             continue
         seen.add(node)
-        if operator_name(node) not in ("sym_size",):
+        if operator_name(node) != "sym_size":
             pending.extend(node.all_input_nodes)
         flat = [*node.args, *node.kwargs.values()]
         flat += [part for value in flat if isinstance(value, list | tuple) for part in value]
         # the largest integers say "to the end"
-        yield from (abs(v) for v in flat if isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**40)
-        if node.op == "get_attr" and value_of(node).dim() > 0:
-            yield max(program.parameters[str(node.target)].shape)
+        constants += [abs(v) for v in flat if isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**40]
+        if node.op == "get_attr" and value_of(node).numel() > 1:
+            lengths.append(max(program.parameters[str(node.target)].shape))
+    return constants, lengths

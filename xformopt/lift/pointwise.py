@@ -14,8 +14,11 @@ from xformopt.rewrite import Editor
 __all__ = ["lift_activation", "lift_glu"]
 
 _POINTWISE = frozenset(
-    "add sub rsub mul div pow square neg reciprocal tanh erf erfc sigmoid exp gelu silu relu sqrt rsqrt _to_copy "
-    "hardtanh clamp_min clamp relu6 elu softplus log1p abs".split()  # noqa: SIM905
+    (
+        *("add", "sub", "rsub", "mul", "div", "pow", "square", "neg", "reciprocal", "abs", "sqrt", "rsqrt"),
+        *("tanh", "erf", "erfc", "sigmoid", "exp", "log1p", "softplus", "_to_copy"),
+        *("gelu", "silu", "relu", "relu6", "elu", "hardtanh", "clamp_min", "clamp"),
+    )
 )
 # a formula ends in one of these; anything else cannot be the last step of an activation
 _LAST = frozenset(("mul", "div", "gelu", "silu", "relu", "clamp_min", "clamp"))
@@ -91,7 +94,8 @@ def lift_glu(editor: Editor, node: fx.Node) -> fx.Node | None:
     if operator_name(node) != "mul" or not all(isinstance(a, fx.Node) for a in node.args):
         return None
     for activated, up in (node.args, node.args[::-1]):
-        assert isinstance(activated, fx.Node) and isinstance(up, fx.Node)
+        assert isinstance(activated, fx.Node)
+        assert isinstance(up, fx.Node)
         if activated.target is not xf.activation or len(activated.users) > 1:
             continue
         gate = activated.args[0]

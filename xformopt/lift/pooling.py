@@ -21,7 +21,8 @@ def lift_patch_embedding(editor: Editor, node: fx.Node) -> fx.Node | Reject | No
     if operator_name(source) not in ("conv2d", "convolution", "_convolution"):
         return None
     image, weight = source.args[0], source.args[1]
-    assert isinstance(image, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(image, fx.Node)
+    assert isinstance(weight, fx.Node)
     if value_of(image).dim() != 4:
         return None
     moved = Probe(editor.program).moved(node, source)
@@ -64,7 +65,8 @@ def lift_mean_pool(editor: Editor, node: fx.Node) -> fx.Node | None:
     total, count = node.args
     if operator_name(total) != "sum" or operator_name(count) not in ("clamp", "clamp_min"):
         return None
-    assert isinstance(total, fx.Node) and isinstance(count, fx.Node)
+    assert isinstance(total, fx.Node)
+    assert isinstance(count, fx.Node)
     eps = count.args[1] if len(count.args) > 1 else count.kwargs.get("min")
     product, weights = total.args[0], count.args[0]
     if not isinstance(eps, float | int) or operator_name(product) != "mul" or operator_name(weights) != "sum":

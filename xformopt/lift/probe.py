@@ -1,8 +1,8 @@
 """Find out what a piece of graph computes by running it on small chosen data.
 
-Patterns over operators break with every release of a modelling library.  Instead, a rule takes the few operators between
-two values, runs them, and looks at the result: index tensors tell what a chain of views does, a grid of numbers tells
-which activation a formula is, random masks tell what a mask means.
+Patterns over operators break with every release of a modelling library.  Instead, a rule takes the few operators
+between two values, runs them, and looks at the result: index tensors tell what a chain of views does, a grid of numbers
+tells which activation a formula is, random masks tell what a mask means.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from torch import fx
 
 from xformopt.program import Program, value_of
 
-__all__ = ["MOVEMENT", "Probe", "is_movement", "movement_chain", "operator_name"]
+__all__ = ["MOVEMENT", "Probe", "constant_factor", "is_movement", "movement_chain", "operator_name", "scaled_chain"]
 
 # operators that copy, cut or reorder elements of one tensor and compute nothing
 MOVEMENT = frozenset(
-    "view reshape _unsafe_view view_as permute transpose swapaxes movedim t numpy_T mT unsqueeze squeeze flatten "
-    "unflatten expand expand_as repeat tile repeat_interleave clone contiguous alias detach lift_fresh_copy "
-    "slice select narrow split split_with_sizes unsafe_split chunk unsafe_chunk unbind getitem "
-    "dropout feature_dropout".split()
+    (
+        *("view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten", "unsqueeze", "squeeze"),
+        *("permute", "transpose", "swapaxes", "movedim", "t", "numpy_T", "mT"),
+        *("expand", "expand_as", "repeat", "tile", "repeat_interleave"),
+        *("slice", "select", "narrow", "split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"),
+        *("unbind", "getitem", "clone", "contiguous", "alias", "detach", "lift_fresh_copy"),
+        *("dropout", "feature_dropout"),
+    )
 )
 
 
@@ -53,6 +57,24 @@ def movement_chain(node: fx.Node) -> list[fx.Node]:
     return chain
 
 
+def constant_factor(node: object) -> float | None:
+    """Return c where a node is its first argument times the number c; None for any other node."""
+    if not isinstance(node, fx.Node) or operator_name(node) not in ("mul", "div") or len(node.args) != 2:
+        return None
+    number = node.args[1]
+    if not isinstance(number, int | float) or isinstance(number, bool) or number == 0:
+        return None
+    return float(number) if operator_name(node) == "mul" else 1 / number
+
+
+def scaled_chain(node: fx.Node) -> list[fx.Node]:
+    """As :func:`movement_chain`, seeing through products with numbers."""
+    chain = [node]
+    while is_movement(chain[-1]) or constant_factor(chain[-1]) is not None:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain
+
+
 class Probe:
     """Runs pieces of a Program's graph at given sizes of its dimensions (default: those of shape inference)."""
 
@@ -79,10 +101,13 @@ class Probe:
         node: fx.Node,
         known: Mapping[fx.Node, Any],
         allowed: Callable[[fx.Node], bool] = lambda node: True,
+        *,
+        ignore_factors: bool = False,
     ) -> Any:
         """Evaluate ``node`` from the ``known`` values, parameters and sizes; None if it needs anything else.
 
-        Operators for which ``allowed`` is false are never run.
+        Operators for which ``allowed`` is false are never run; with ``ignore_factors``, products with a number
+        return their tensor as it is.
         """
         values: dict[fx.Node, Any] = dict(known)
         pending = [node]
@@ -100,7 +125,10 @@ class Probe:
             if missing:
                 pending.extend(missing)
                 continue
-            values[current] = self._call(current, values)
+            if ignore_factors and constant_factor(current) is not None:
+                values[current] = values[current.args[0]]  # type: ignore[index]
+            else:
+                values[current] = self._call(current, values)
         return values[node]
 
     def _leaf(self, node: fx.Node) -> Any:
@@ -119,6 +147,13 @@ class Probe:
             return node.target(*args, **kwargs)
 
     def moved(self, node: fx.Node, source: fx.Node) -> torch.Tensor | None:
-        """Return where each element of ``node`` comes from in ``source``, as flat positions; None if computed."""
-        moved = self.run(node, {source: self.positions(source)}, is_movement)
+        """Return where each element of ``node`` comes from in ``source``, as flat positions; None if computed.
+
+        Factors on the way are ignored.
+        """
+        moved = self.run(node, {source: self.positions(source)}, _moves_or_scales, ignore_factors=True)
         return moved if isinstance(moved, torch.Tensor) else None
+
+
+def _moves_or_scales(node: fx.Node) -> bool:
+    return is_movement(node) or constant_factor(node) is not None

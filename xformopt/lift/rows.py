@@ -8,11 +8,56 @@ from torch import fx
 from xformopt.kernels.definition import xf
 from xformopt.lift.probe import Probe, is_movement, movement_chain, operator_name
 from xformopt.program import value_of
-from xformopt.rewrite import Editor
+from xformopt.rewrite import Editor, Reject
 
-__all__ = ["add_bias", "lift_linear", "restore_rows", "split_linear", "undo_movement"]
+__all__ = [
+    "add_bias",
+    "lift_einsum",
+    "lift_linear",
+    "restore_rows",
+    "split_linear",
+    "undo_movement",
+    "view_as_reshape",
+]
 
 aten = torch.ops.aten
+
+
+def view_as_reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """``view`` demands a memory layout, which a rewrite of its producer may change; ``reshape`` does not."""
+    if operator_name(node) not in ("view", "_unsafe_view") or node.target is aten.view.dtype:
+        return None
+    return editor.call(aten.reshape.default, *node.args)
+
+
+def lift_einsum(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
+    """A product of two tensors over one index becomes ``matmul`` between transpositions."""
+    if operator_name(node) != "einsum":
+        return None
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str)
+    assert isinstance(operands, list | tuple)
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    indices = inputs.split(",")
+    if len(indices) != 2 or not output or "." in equation or any(len(set(i)) != len(i) for i in (*indices, output)):
+        return Reject(f"the einsum {equation} is not a plain product of two tensors")
+    left, right = indices
+    batch = [i for i in output if i in left and i in right]
+    summed = [i for i in left if i in right and i not in output]
+    rows, columns = ([i for i in part if i not in batch and i in output] for part in (left, right))
+    if (
+        len(rows) != 1
+        or len(columns) != 1
+        or len(summed) != 1
+        or len(batch) + 2 != len(left)
+        or len(left) != len(right)
+    ):
+        return Reject(f"the einsum {equation} has no single row, column and summed index")
+    first = editor.call(aten.permute.default, operands[0], [left.index(i) for i in (*batch, *rows, *summed)])
+    second = editor.call(aten.permute.default, operands[1], [right.index(i) for i in (*batch, *summed, *columns)])
+    product = editor.call(aten.matmul.default, first, second)
+    order = [*batch, *rows, *columns]
+    return editor.call(aten.permute.default, product, [order.index(i) for i in output])
 
 
 def lift_linear(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -74,16 +119,21 @@ def restore_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
     width = int(value_of(linear).shape[-1])
     if moved is None or moved.shape[-1] != width or not _rows_only(moved, width):
         return None
+    wanted = _shape(editor, node)[:-1]
     for source in reversed(movement_chain(linear.args[0])[1:]):  # type: ignore[arg-type]
-        if _shape(editor, source)[:-1] != _shape(editor, node)[:-1]:
+        have = _shape(editor, source)[:-1]
+        if wanted not in (have, have[::-1]):
             continue
         before = probe.moved(linear.args[0], source)  # type: ignore[arg-type]
         inner = int(value_of(source).shape[-1])
         if before is None or before.shape[-1] != inner or not _rows_only(before, inner):
             continue
         rows = (before[..., 0] // inner).reshape(-1)[moved[..., 0].reshape(-1) // width]
-        if torch.equal(rows, torch.arange(rows.numel())):
+        numbers = torch.arange(rows.numel())
+        if wanted == have and torch.equal(rows, numbers):
             return editor.call(linear.target, source, *linear.args[1:])
+        if len(have) == 2 and torch.equal(rows, numbers.view(probe.shape(source)[:-1]).t().reshape(-1)):
+            return editor.call(aten.transpose.int, editor.call(linear.target, source, *linear.args[1:]), 0, 1)
     return None
 
 

@@ -15,6 +15,8 @@ def lifting_rules(program: Program) -> tuple[Rule, ...]:
     """Return the rules that bring a captured ``program`` to the lifted level."""
     load_operators()
     return (
+        rows.view_as_reshape,
+        rows.lift_einsum,
         rows.lift_linear,
         rows.add_bias,
         rows.restore_rows,

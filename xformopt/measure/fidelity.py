@@ -57,9 +57,7 @@ def compare_outputs(
     ]
     cosines = [each.cosine for each in found if each.cosine is not None]
     agreements = [each.top1_agreement for each in found if each.top1_agreement is not None]
-    return Fidelity(
-        max(each.relative_l2 for each in found), min(cosines, default=None), min(agreements, default=None)
-    )
+    return Fidelity(max(each.relative_l2 for each in found), min(cosines, default=None), min(agreements, default=None))
 
 
 def _paired(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> dict[str, Array]:
@@ -92,10 +90,7 @@ def _compare_one(name: str, output: Array, reference: Array, valid: Array | None
     got, wanted = np.asarray(output, np.float64), np.asarray(reference, np.float64)
     finite = np.isfinite(wanted)
     # a reference may hold infinities of its own (masked scores); they must be met, and then do not count
-    if (
-        not np.array_equal(got[~finite], wanted[~finite], equal_nan=True)
-        or not np.isfinite(got[finite]).all()
-    ):
+    if not np.array_equal(got[~finite], wanted[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
         bad = int((~np.isfinite(got) & finite).sum())
         raise MeasurementError(
             f'the output "{name}" is not finite in {bad} of {wanted.size} places where the reference is, '

@@ -133,9 +133,7 @@ def _resampled_medians(
     return medians
 
 
-def _interval(
-    resampled: npt.NDArray[np.float64], by_round: npt.NDArray[np.float64], confidence: float
-) -> Interval:
+def _interval(resampled: npt.NDArray[np.float64], by_round: npt.NDArray[np.float64], confidence: float) -> Interval:
     tail = (1 - confidence) / 2
     low, high = (float(edge) for edge in np.quantile(resampled, (tail, 1 - tail)))
     if len(by_round) < _FEW_ROUNDS:

@@ -85,9 +85,7 @@ def warm_up(call: Callable[[], object], seconds: float) -> float:
     return fastest
 
 
-def time_round(
-    call: Callable[[], object], min_seconds: float, max_repetitions: int = MAX_REPETITIONS
-) -> list[float]:
+def time_round(call: Callable[[], object], min_seconds: float, max_repetitions: int = MAX_REPETITIONS) -> list[float]:
     """Time one round: calls until `min_seconds` have passed, each a sample in milliseconds.
 
     The first call refills the caches that a rival's round emptied, so it is not counted, unless one call

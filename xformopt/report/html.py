@@ -52,9 +52,7 @@ def render(reports: Sequence[BenchReport]) -> str:
     from markupsafe import Markup
 
     if not reports:
-        raise DataError(
-            "there is no report to render. Give at least one file that `xformopt bench --json` wrote."
-        )
+        raise DataError("there is no report to render. Give at least one file that `xformopt bench --json` wrote.")
     environment = Environment(
         loader=PackageLoader("xformopt.report", "."),
         autoescape=True,
@@ -99,9 +97,7 @@ def _section(report: BenchReport, key: str, markup: Any) -> dict[str, Any]:
 
 def _operator_panels(runs: Sequence[Run]) -> list[_OperatorPanel]:
     profiled = [(index, run) for index, run in enumerate(runs) if run.operators]
-    longest = (
-        max((operator.ms for _, run in profiled for operator in run.operators or ()), default=0.0) or 1.0
-    )
+    longest = max((operator.ms for _, run in profiled for operator in run.operators or ()), default=0.0) or 1.0
     panels: list[_OperatorPanel] = []
     for index, run in profiled:
         earlier = _comparable(run, [panel.run for panel in panels])

@@ -58,14 +58,10 @@ def latency_plot(runs: Sequence[Run], key: str) -> str:
             jitter = row + 0.16 + generator.uniform(0.0, 0.2, len(kept))
             axes.plot(kept, jitter, ".", color=color, markersize=4, alpha=0.5, markeredgewidth=0)
             low, middle, high = np.percentile(samples, (25, 50, 75))
-            axes.plot(
-                [samples[0], run.latency_ms.p99 if run.latency_ms else high], [row, row], color=color, lw=1
-            )
+            axes.plot([samples[0], run.latency_ms.p99 if run.latency_ms else high], [row, row], color=color, lw=1)
             axes.barh(row, max(high - low, limit / 400), left=low, height=0.22, color=color)
             axes.plot([middle, middle], [row - 0.2, row + 0.2], color=_INK, lw=1.6, solid_capstyle="butt")
-            axes.annotate(
-                f"{middle:.3g} ms", (middle, row - 0.24), ha="center", va="bottom", fontsize=9, color=_INK
-            )
+            axes.annotate(f"{middle:.3g} ms", (middle, row - 0.24), ha="center", va="bottom", fontsize=9, color=_INK)
         axes.set_yticks(range(len(shown)), [_short(run.name) for _, run in shown])
         axes.tick_params(axis="y", colors=_INK, length=0)
         axes.set_ylim(len(shown) - 0.45, -0.6)

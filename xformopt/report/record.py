@@ -21,9 +21,7 @@ def latency(rounds: Sequence[Sequence[float]], seed: int) -> Latency:
     return Latency(**asdict(percentiles(samples)), ci95=_ends(median_interval(rounds, seed=seed)))
 
 
-def speedup(
-    over: str, baseline: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]], seed: int
-) -> Speedup:
+def speedup(over: str, baseline: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]], seed: int) -> Speedup:
     """Compare the samples of a run with those of the run named `over`."""
     ratio = ratio_of_medians(baseline, rounds, seed=seed)
     return Speedup(over=over, ratio=ratio.value, ci95=_ends(ratio.interval))

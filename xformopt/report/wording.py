@@ -112,9 +112,7 @@ def busy(report: BenchReport) -> str:
 
 def best_run(report: BenchReport) -> Run | None:
     """Return the run with the highest speed-up that is one, or None."""
-    faster = [
-        run for run in report.runs if run.speedup and run.speedup.is_difference and run.speedup.ratio > 1
-    ]
+    faster = [run for run in report.runs if run.speedup and run.speedup.is_difference and run.speedup.ratio > 1]
     return max(faster, key=lambda run: run.speedup.ratio if run.speedup else 0.0, default=None)
 
 
