@@ -1,4 +1,4 @@
-"""Instantiate the transformers class a config names and fill it from the checkpoint, refusing what does not fit."""
+"""Instantiate the class that a config names and fill it from the checkpoint, refusing what does not fit."""
 
 from __future__ import annotations
 
@@ -88,15 +88,16 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
         return kind
     if custom:
         raise CaptureError(
-            f'The model in "{folder}" is defined by Python code in its own directory ({next(iter(custom.values()))}), '
-            "and running code that comes with a model is off by default. Read that code; if you trust it, pass "
-            "--trust-remote-code (trust_remote_code=True)."
+            f'The model in "{folder}" is defined by Python code in its own directory '
+            f"({next(iter(custom.values()))}), and running code that comes with a model is off by default. "
+            "Read that code; if you trust it, pass --trust-remote-code (trust_remote_code=True)."
         )
     near = difflib.get_close_matches(name, dir(transformers), n=1)
     hint = f' The nearest name it knows is "{near[0]}".' if near else ""
     raise CaptureError(
         f'"{folder / "config.json"}" names the architecture "{name}", which the installed transformers '
-        f"{transformers.__version__} does not have.{hint} Install a version that has it, or correct the config."
+        f"{transformers.__version__} does not have.{hint} Install a version that has it, or correct the "
+        "config."
     )
 
 
@@ -153,15 +154,16 @@ def _check_keys(folder: Path, model: Any, info: dict[str, Any]) -> None:
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise CaptureError(
-            f'The tensor "{name}" in "{folder}" has the shape {list(found)}, but {kind} with this config.json needs '
-            f"{list(expected)}{_others(mismatched)}. The config and the weights are not of the same model."
+            f'The tensor "{name}" in "{folder}" has the shape {list(found)}, but {kind} with this '
+            f"config.json needs {list(expected)}{_others(mismatched)}. The config and the weights are not of "
+            "the same model."
         )
     if missing := sorted(info["missing_keys"]):
         renamed = f'; the weights hold "{unexpected[0]}", which it does not know' if unexpected else ""
         raise CaptureError(
             f'The weights in "{folder}" lack "{missing[0]}", which {kind} needs{_others(missing)}{renamed}. '
-            "Missing tensors would be drawn at random: give a complete checkpoint, or set the class that the weights "
-            'belong to in "architectures" of config.json.'
+            "Missing tensors would be drawn at random: give a complete checkpoint, or set the class that the "
+            'weights belong to in "architectures" of config.json.'
         )
 
 

@@ -58,8 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CaptureError(f'There is no "{folder}": expected a Hugging Face model directory.')
     if not folder.is_dir():
         raise CaptureError(
-            f'"{folder}" is a file, but a Hugging Face model is a directory that holds config.json and weights. '
-            "Give the directory instead."
+            f'"{folder}" is a file, but a Hugging Face model is a directory that holds config.json and '
+            "weights. Give the directory instead."
         )
     if not any(folder.iterdir()):
         raise CaptureError(
@@ -136,8 +136,8 @@ def _shards(folder: Path, index: Path) -> Iterator[Path]:
     names = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CaptureError(
-            f'"{index}" has no "weight_map" from tensor names to file names, so it is not an index of weights. '
-            "Fetch the model again."
+            f'"{index}" has no "weight_map" from tensor names to file names, so it is not an index of '
+            "weights. Fetch the model again."
         )
     for name in sorted(set(names.values())):
         yield _confined(folder, name, index)
@@ -148,8 +148,8 @@ def _confined(folder: Path, name: str, index: Path | None = None) -> Path:
     origin = f'"{index}" names the shard "{name}"' if index else f'The weight file "{folder / name}"'
     if Path(name).name != name or name in ("", ".", ".."):
         raise CaptureError(
-            f"{origin}, which lies outside the model's directory. Shards must be plain file names beside the index; "
-            "refusing to read it."
+            f"{origin}, which lies outside the model's directory. Shards must be plain file names beside the "
+            "index; refusing to read it."
         )
     path = folder / name
     target = path.resolve()
@@ -168,7 +168,7 @@ def _confined(folder: Path, name: str, index: Path | None = None) -> Path:
 
 
 def _inside(target: Path, folder: Path) -> bool:
-    """Tell whether a resolved path is in the folder, or in the blobs of the download cache the folder is part of."""
+    """Tell whether a resolved path is in the folder, or in the blobs of the download cache around it."""
     home = folder.resolve()
     if target.is_relative_to(home):
         return True
@@ -199,7 +199,7 @@ def _what_is_wrong(file: Path) -> str:
         if head.startswith(b"version "):
             return "is a Git LFS pointer, not the weights themselves"
         if length > size - 8:
-            return f"is truncated or not safetensors: its header should take {length} bytes, but the file has {size}"
+            return f"is truncated or not safetensors: its header should take {length} bytes of the file's {size}"
         header = opened.read(length)
     ends = _data_ends(header)
     if ends and max(ends) > size - 8 - length:

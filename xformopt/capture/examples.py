@@ -1,7 +1,7 @@
 """Example inputs for a Hugging Face model, derived from its forward's parameters and its config.
 
-What a model takes is read from its signature and its config, not from a list of model names: token ids where it has
-a vocabulary, pixels where it has an image size, spectrogram frames or samples where it hears.
+What a model takes is read from its signature and its config, not from a list of model names: token ids where
+it has a vocabulary, pixels where it has an image size, spectrogram frames or samples where it hears.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def derive_examples(model: Any, *, batch: int = 1, length: int | None = None) ->
     entries = {name: (tensor, axes) for name, tensor, axes in _entries(request, set(accepted))}
     if not entries:
         raise CaptureError(
-            f"What {type(model).__name__} takes cannot be told from its config: its forward has the parameters "
-            f"{', '.join(accepted)}. Write a factory that returns the module and its example inputs, and give "
-            '"package.module:factory" as the model.'
+            f"What {type(model).__name__} takes cannot be told from its config: its forward has the "
+            f"parameters {', '.join(accepted)}. Write a factory that returns the module and its example "
+            'inputs, and give "package.module:factory" as the model.'
         )
     ordered = sorted(entries, key=accepted.index)
     inputs = {name: entries[name][0] for name in ordered}
@@ -92,7 +92,7 @@ def _reads_text(model: Any) -> bool:
 
 
 def _sees_images(config: Any) -> bool:
-    """Tell whether pixels are an input of their own: not where a placeholder token stands for them in the text."""
+    """Tell whether pixels are an input of their own, not spliced into the text at a placeholder token."""
     in_text = any(getattr(config, name, None) is not None for name in ("image_token_id", "image_token_index"))
     return not in_text and _image_config(config) is not None
 
@@ -157,8 +157,8 @@ def _sound(request: _Request) -> _Entry:
 def _tokens(config: Any, shape: tuple[int, int], seed: torch.Generator) -> torch.Tensor:
     """Draw token ids from the vocabulary, special tokens excluded; each row ends with the end-of-text token.
 
-    Padding ids would move the positions of RoBERTa's tokens, and models that pool at the end-of-text token need
-    exactly one.
+    Padding ids would move the positions of RoBERTa's tokens, and models that pool at the end-of-text token
+    need exactly one.
     """
     special = {
         value
@@ -178,8 +178,8 @@ def _length(request: _Request, longest: int | None, default: int) -> int:
         return min(default, longest or default)
     if longest is not None and request.length > longest:
         raise UsageError(
-            f"The length {request.length} is more than the {longest} positions of {type(request.model).__name__}. "
-            f"Give a length of at most {longest}."
+            f"The length {request.length} is more than the {longest} positions of "
+            f"{type(request.model).__name__}. Give a length of at most {longest}."
         )
     return request.length
 

@@ -47,7 +47,7 @@ def load_directory(
         attention: transformers' ``attn_implementation`` ("eager", "sdpa"); by default the model's own choice.
 
     Raises:
-        CaptureError: The directory is not a model, is damaged or unsafe, or its weights do not fit its config.
+        CaptureError: The directory is no model, is damaged or unsafe, or its weights do not fit its config.
         MissingExtraError: transformers is not installed.
         UsageError: The batch or length does not fit the model.
 
@@ -92,8 +92,8 @@ def _wrap(model: Any, examples: Examples, sentence: SentenceModules | None, fold
         module = named_forward(SentenceEncoder, names)(model, names, sentence.pooling, sentence.normalize)
     else:
         raise CaptureError(
-            f'"{folder}" asks for sentence pooling over {type(model).__name__}, which takes no attention_mask: '
-            "pooling needs a text encoder with a key mask."
+            f'"{folder}" asks for sentence pooling over {type(model).__name__}, which takes no '
+            "attention_mask: pooling needs a text encoder with a key mask."
         )
     return module.eval().requires_grad_(False)
 
@@ -106,9 +106,10 @@ def _output_names(module: NamedModel, examples: Examples, folder: Path) -> tuple
     except Exception as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in examples.inputs.items())
         raise CaptureError(
-            f'{type(module.model).__name__} from "{folder}" does not run on the example inputs derived from its '
-            f"config ({shapes}): {type(error).__name__}: {_first_line(error)}. Write a factory that returns the module "
-            'and example inputs that suit it, and give "package.module:factory" as the model.'
+            f'{type(module.model).__name__} from "{folder}" does not run on the example inputs derived from '
+            f"its config ({shapes}): {type(error).__name__}: {_first_line(error)}. Write a factory that "
+            'returns the module and example inputs that suit it, and give "package.module:factory" as the '
+            "model."
         ) from error
 
 

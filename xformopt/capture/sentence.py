@@ -17,7 +17,7 @@ NAMES = {"cls_token": "cls", "max_tokens": "max", "mean_tokens": "mean"}
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What modules.json says: the encoder's folder, the pooling (one of `MODES`), and whether to normalize."""
+    """What modules.json says: the encoder's folder, the pooling (one of `MODES`), whether to normalize."""
 
     encoder: Path
     pooling: str
@@ -40,8 +40,9 @@ def read_sentence_modules(folder: Path) -> SentenceModules | None:
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise CaptureError(
-            f'"{path}" lists the modules {", ".join(kinds) or "(none)"}; supported are Transformer, Pooling and '
-            'Normalize, in this order. Write a factory for other modules and give "package.module:factory".'
+            f'"{path}" lists the modules {", ".join(kinds) or "(none)"}; supported are Transformer, Pooling '
+            "and Normalize, in this order. Write a factory for other modules and give "
+            '"package.module:factory".'
         )
     encoder, pooling = (_subfolder(folder, module, path) for module in modules[:2])
     return SentenceModules(encoder, _pooling(pooling / "config.json"), normalize=len(kinds) == 3)
@@ -71,6 +72,6 @@ def _pooling(path: Path) -> str:
     if len(modes) == 1 and modes[0] in MODES:
         return str(modes[0])
     raise CaptureError(
-        f'"{path}" asks for the pooling {" and ".join(map(str, modes)) or "(none)"}; supported is exactly one of '
-        f"{', '.join(MODES)}."
+        f'"{path}" asks for the pooling {" and ".join(map(str, modes)) or "(none)"}; supported is exactly '
+        f"one of {', '.join(MODES)}."
     )

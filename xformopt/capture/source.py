@@ -1,4 +1,4 @@
-"""What a MODEL string becomes before it is exported: a torch module with everything capture must know of it."""
+"""What a MODEL string becomes before export: a torch module and everything capture must know of it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Source:
     Attributes:
         module: In eval mode, with no parameter that requires a gradient.
         example_inputs: Tensors keyed by the forward's parameter names, in the forward's order.
-        dynamic: For each input, axis -> dimension name, or ``(name, smallest, largest)`` where the model bounds
-            it. Equal names mean equal sizes. None leaves the choice to the exporter.
+        dynamic: For each input, axis -> dimension name, or ``(name, smallest, largest)`` where the model
+            bounds it. Equal names mean equal sizes. None leaves the choice to the exporter.
         output_names: Names of the tensors the module returns, in order; None if it does not name them.
         description: What was loaded, in a few words.
         files: Tokenizer, processor and config files that belong beside an artifact.

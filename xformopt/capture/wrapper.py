@@ -18,7 +18,7 @@ CACHES = ("past_key_values", "mems", "cache_params")
 class NamedModel(torch.nn.Module):
     """A Hugging Face model as a function of named tensors: no cache, no nested outputs.
 
-    `forward` takes exactly the tensors in `input_names`, by position or by name, and returns a dict of tensors.
+    `forward` takes exactly the tensors in `input_names`, by position or by name, and returns named tensors.
     """
 
     def __init__(self, model: torch.nn.Module, input_names: tuple[str, ...]) -> None:
@@ -56,8 +56,8 @@ class SentenceEncoder(NamedModel):
 def named_forward(kind: type[Module], names: tuple[str, ...]) -> type[Module]:
     """Return a subclass of `kind` whose forward has exactly the parameters in `names`.
 
-    A signature, not generated source: whatever asks for the forward's parameters (torch.export does) is told the
-    names, and the call itself binds them.
+    A signature, not generated source: whatever asks for the forward's parameters (torch.export does) is told
+    the names, and the call itself binds them.
     """
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)
