@@ -53,6 +53,10 @@ T5 = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
+BART = {
+    **{name: WHISPER[name] for name in WHISPER if not name.startswith(("num_mel", "max_", "classifier"))},
+    "max_position_embeddings": 40,
+}
 SWIN = {
     "image_size": 16,
     "patch_size": 2,
@@ -115,6 +119,12 @@ MODELS: dict[str, Callable[[], Any]] = {
             conv_dim=[8] * 7,
             num_conv_pos_embeddings=16,
             num_conv_pos_embedding_groups=4,
+        )
+    ),
+    "bart": lambda: hf.BartModel(hf.BartConfig(**BART)),
+    "image-to-text": lambda: hf.VisionEncoderDecoderModel(
+        hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+            hf.ViTConfig(**VISION), hf.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
         )
     ),
     "ast": lambda: hf.ASTModel(

@@ -36,6 +36,8 @@ INPUTS = {
     "whisper-classifier": ["input_features"],
     "wav2vec2": ["input_values"],
     "ast": ["input_values"],
+    "bart": ["input_ids", "attention_mask", "decoder_input_ids"],
+    "image-to-text": ["pixel_values", "decoder_input_ids"],
 }
 
 

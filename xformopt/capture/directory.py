@@ -199,7 +199,7 @@ def _what_is_wrong(file: Path) -> str:
         if head.startswith(b"version "):
             return "is a Git LFS pointer, not the weights themselves"
         if length > size - 8:
-            return f"is truncated or not safetensors: its header should take {length} bytes of the file's {size}"
+            return f"is truncated or not safetensors: its header should take {length} of its {size} bytes"
         header = opened.read(length)
     ends = _data_ends(header)
     if ends and max(ends) > size - 8 - length:

@@ -111,14 +111,13 @@ def _text(request: _Request, accepted: set[str]) -> Iterator[_Entry]:
 
 
 def _decoder(request: _Request) -> _Entry:
-    config = request.model.config
+    config = _text_config(request.model.config)
     longest = getattr(config, "max_target_positions", None) or getattr(
         config, "max_position_embeddings", None
     )
     length = min(DECODER_LENGTH, longest or DECODER_LENGTH)
-    text = _text_config(config)
-    tokens = _tokens(text, (request.batch, length), request.seed)
-    start = getattr(config, "decoder_start_token_id", None)
+    tokens = _tokens(config, (request.batch, length), request.seed)
+    start = getattr(request.model.config, "decoder_start_token_id", None)
     if start is not None:
         tokens[:, 0] = start
     return "decoder_input_ids", tokens, _token_axes("decoder_length", longest)
@@ -203,5 +202,5 @@ def _text_config(config: Any) -> Any:
 
 
 def _image_config(config: Any) -> Any:
-    nested = getattr(config, "vision_config", config)
-    return nested if hasattr(nested, "image_size") else None
+    parts = (config, getattr(config, "vision_config", None), getattr(config, "encoder", None))
+    return next((part for part in parts if hasattr(part, "image_size")), None)

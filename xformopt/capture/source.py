@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, TypeAlias
 from xformopt.errors import CaptureError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
-__all__ = ["Dim", "Dynamic", "Source", "check_finite"]
+__all__ = ["Dim", "Dynamic", "Source", "check_finite", "check_finite_tensors"]
 
 Dim: TypeAlias = str | tuple[str, int, int]
 Dynamic: TypeAlias = dict[str, dict[int, Dim]]
+Named: TypeAlias = "Iterable[tuple[str, torch.Tensor]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,11 @@ class Source:
 
 
 def check_finite(module: torch.nn.Module, where: str) -> None:
+    """Refuse NaN or infinite parameters and NaN buffers of a module; see `check_finite_tensors`."""
+    check_finite_tensors(module.named_parameters(), module.named_buffers(), where)
+
+
+def check_finite_tensors(parameters: Named, buffers: Named, where: str) -> None:
     """Refuse NaN or infinite parameters and NaN buffers.
 
     Infinite buffers are legal: masks are filled with minus infinity.
@@ -52,17 +60,18 @@ def check_finite(module: torch.nn.Module, where: str) -> None:
 
     """
     bad = [
-        (kind, name, _count_bad(tensor, infinite_too=kind == "parameter"), tensor.numel())
-        for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers()))
+        (kind, name, count, tensor.numel())
+        for kind, tensors in (("parameter", parameters), ("buffer", buffers))
         for name, tensor in tensors
+        if (count := _count_bad(tensor, infinite_too=kind == "parameter"))
     ]
-    bad = [entry for entry in bad if entry[2]]
     if not bad:
         return
     kind, name, count, total = bad[0]
-    others = f" and {len(bad) - 1} more tensors are affected" if len(bad) > 1 else ""
+    others = f"; {len(bad) - 1} more tensors are affected" if len(bad) > 1 else ""
+    what = "NaN or infinite" if kind == "parameter" else "NaN"
     raise CaptureError(
-        f'The {kind} "{name}" of {where} holds {count} of {total} values that are NaN or infinite{others}. '
+        f'The {kind} "{name}" of {where} holds {count} of {total} values that are {what}{others}. '
         "Nothing computed from it can be verified: use a checkpoint whose weights are finite."
     )
 
