@@ -71,9 +71,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "bert-classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT)),
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**TEXT, type_vocab_size=1)),
     "distilbert": lambda: hf.DistilBertModel(
-        hf.DistilBertConfig(
-            vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40
-        )
+        hf.DistilBertConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40)
     ),
     "albert": lambda: hf.AlbertModel(hf.AlbertConfig(**TEXT, embedding_size=16)),
     "modernbert": lambda: hf.ModernBertModel(
@@ -90,9 +88,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "t5-encoder": lambda: hf.T5EncoderModel(hf.T5Config(**T5)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(
-            vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2
-        )
+        hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2)
     ),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=8, tie_word_embeddings=True)),
@@ -104,9 +100,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "clip-text": lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**CLIP_TEXT)),
     "clip-vision": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION, projection_dim=24)),
     "clip": lambda: hf.CLIPModel(
-        hf.CLIPConfig(
-            text_config=CLIP_TEXT, vision_config={**VISION, "projection_dim": 24}, projection_dim=24
-        )
+        hf.CLIPConfig(text_config=CLIP_TEXT, vision_config={**VISION, "projection_dim": 24}, projection_dim=24)
     ),
     "whisper": lambda: hf.WhisperModel(hf.WhisperConfig(**WHISPER)),
     "whisper-classifier": lambda: hf.WhisperForAudioClassification(hf.WhisperConfig(**WHISPER)),

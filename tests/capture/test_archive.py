@@ -126,9 +126,7 @@ def test_a_checkpoint_is_not_a_pt2(tmp_path: Path) -> None:
     refuse(tmp_path / "weights.pt2", "not a .pt2 archive", "models/model.json")
 
 
-@pytest.mark.parametrize(
-    "entry", ["data/sample_inputs/model.pt", "data/weights/model.pt", "data/constants/model.pt"]
-)
+@pytest.mark.parametrize("entry", ["data/sample_inputs/model.pt", "data/weights/model.pt", "data/constants/model.pt"])
 def test_payload_in_a_pickled_entry(entry: str, doctor: Any, tmp_path: Path) -> None:
     target = tmp_path / "pwned"
     path = doctor(lambda entries: entries.update({entry: payload_pickle(target)}))
@@ -194,12 +192,8 @@ def set_spec(graph: Any, **node: object) -> None:
 CODE = "__import__('os').mkdir({target!r})"
 ATTACKS: dict[str, Callable[[Any, str], object]] = {
     "shape expression": lambda graph, code: first_expression(graph).update(expr_str=code),
-    "nested in a shape expression": lambda graph, code: first_expression(graph).update(
-        expr_str=f"Max(1, {code})"
-    ),
-    "a string in a shape expression": lambda graph, code: first_expression(graph).update(
-        expr_str=f"Max(1, {code!r})"
-    ),
+    "nested in a shape expression": lambda graph, code: first_expression(graph).update(expr_str=f"Max(1, {code})"),
+    "a string in a shape expression": lambda graph, code: first_expression(graph).update(expr_str=f"Max(1, {code!r})"),
     "range": lambda graph, code: graph["range_constraints"].update({code: {"min_val": 1, "max_val": 2}}),
     "guard": lambda graph, code: graph["guards_code"].append(code),
     "guard attribute": lambda graph, code: graph["guards_code"].append("L['x'].__class__ == 1"),
@@ -209,12 +203,10 @@ ATTACKS: dict[str, Callable[[Any, str], object]] = {
     "file operator": lambda graph, code: set_node(graph, "target", "torch.ops.aten.from_file.default"),
     "attribute operator": lambda graph, code: set_node(graph, "target", "_operator.attrgetter"),
     "value name": lambda graph, code: set_node(graph, "name", f"x = {code}"),
-    "input name": lambda graph, code: graph["graph_module"]["graph"]["inputs"][-1]["as_tensor"].update(
-        name=code
+    "input name": lambda graph, code: graph["graph_module"]["graph"]["inputs"][-1]["as_tensor"].update(name=code),
+    "parameter name": lambda graph, code: graph["graph_module"]["signature"]["input_specs"][0]["parameter"].update(
+        parameter_name=f'"]; {code}'
     ),
-    "parameter name": lambda graph, code: graph["graph_module"]["signature"]["input_specs"][0][
-        "parameter"
-    ].update(parameter_name=f'"]; {code}'),
     "argument name": lambda graph, code: graph["graph_module"]["module_call_graph"][0]["signature"].update(
         forward_arg_names=[code]
     ),
@@ -230,9 +222,7 @@ ATTACKS: dict[str, Callable[[Any, str], object]] = {
     "enumeration": lambda graph, code: set_spec(
         graph, context='[{"__\\u0065num__": true, "fqn": "antigravity:X", "name": "x"}]'
     ),
-    "tree": lambda graph, code: graph["graph_module"]["module_call_graph"][0]["signature"].update(
-        out_spec=code
-    ),
+    "tree": lambda graph, code: graph["graph_module"]["module_call_graph"][0]["signature"].update(out_spec=code),
 }
 
 
@@ -296,9 +286,7 @@ def test_weight_of_the_wrong_length(length: int, doctor: Any) -> None:
 
 def test_weights_that_are_not_finite(doctor: Any) -> None:
     nan = torch.full((4, 4), float("nan")).numpy().tobytes()
-    refuse(
-        doctor(lambda entries: entries.update({"data/weights/weight_0": nan})), '"linear.weight"', "16 of 16"
-    )
+    refuse(doctor(lambda entries: entries.update({"data/weights/weight_0": nan})), '"linear.weight"', "16 of 16")
 
 
 def test_unregistered_operator(doctor: Any) -> None:

@@ -129,9 +129,7 @@ def test_truncated_safetensors(keep: int, message: str, folder: Path) -> None:
 
 
 def test_git_lfs_pointer(folder: Path) -> None:
-    (folder / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    )
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     refuse(folder, "Git LFS pointer")
 
 
@@ -163,17 +161,13 @@ def test_missing_tensor(folder: Path) -> None:
 def test_renamed_tensor(folder: Path) -> None:
     edit_weights(
         folder,
-        lambda weights: weights.update(
-            {"encoder.layer.0.kernel": weights.pop("encoder.layer.0.output.dense.weight")}
-        ),
+        lambda weights: weights.update({"encoder.layer.0.kernel": weights.pop("encoder.layer.0.output.dense.weight")}),
     )
     refuse(folder, '"encoder.layer.0.output.dense.weight"', '"encoder.layer.0.kernel"')
 
 
 def test_pooler_the_checkpoint_never_had(folder: Path) -> None:
-    edit_weights(
-        folder, lambda weights: [weights.pop(name) for name in list(weights) if name.startswith("pooler")]
-    )
+    edit_weights(folder, lambda weights: [weights.pop(name) for name in list(weights) if name.startswith("pooler")])
     refuse(folder, '"pooler.dense.bias"', "1 more")
 
 
@@ -229,9 +223,7 @@ def test_missing_shard(folder: Path) -> None:
     refuse(folder, '"model-00002-of-00002.safetensors"', "missing")
 
 
-@pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/etc/passwd", "..", "", "sub/shard.safetensors"]
-)
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "..", "", "sub/shard.safetensors"])
 def test_shard_outside_the_directory(shard: str, folder: Path) -> None:
     write_index(folder, shard)
     shutil.copy(folder / "model-00001-of-00001.safetensors", folder.parent / "outside.safetensors")
@@ -271,9 +263,7 @@ def test_remote_code_runs_if_trusted(folder: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     edit_config(folder, architectures=["Custom"], auto_map={"AutoModel": "modeling.Custom"})
-    (folder / "modeling.py").write_text(
-        "from transformers import BertModel\nclass Custom(BertModel):\n    pass\n"
-    )
+    (folder / "modeling.py").write_text("from transformers import BertModel\nclass Custom(BertModel):\n    pass\n")
     source = load_directory(folder, trust_remote_code=True)
     assert type(source.module.model).__name__ == "Custom"
     assert any("trust_remote_code is on" in note for note in source.notes)

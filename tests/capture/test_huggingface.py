@@ -172,9 +172,7 @@ def test_sentence_embedding(mode: str, normalize: bool, save_model: Save) -> Non
 
 def test_sentence_encoder_needs_no_pooler(save_model: Save, tmp_path: Path) -> None:
     save_model("bert")
-    hf.BertModel.from_pretrained(tmp_path / "bert", add_pooling_layer=False).save_pretrained(
-        tmp_path / "bare"
-    )
+    hf.BertModel.from_pretrained(tmp_path / "bert", add_pooling_layer=False).save_pretrained(tmp_path / "bare")
     write_sentence_modules(tmp_path / "bare", {"pooling_mode_cls_token": True}, normalize=False)
     assert load_directory(tmp_path / "bare").output_names == ("last_hidden_state", "sentence_embedding")
 
@@ -224,9 +222,7 @@ def test_minilm_is_a_sentence_encoder() -> None:
 
 def edit_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(
-        json.dumps({key: value for key, value in config.items() if value is not None})
-    )
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def write_sentence_modules(folder: Path, pooling: dict[str, object], normalize: bool) -> None:

@@ -73,9 +73,7 @@ def test_a_path_wins_over_a_zoo_name(home: Path) -> None:
         ("notes.txt", CaptureError, "no model"),
     ],
 )
-def test_names_that_mean_nothing(
-    model: str | Path, kind: type[XformoptError], message: str, home: Path
-) -> None:
+def test_names_that_mean_nothing(model: str | Path, kind: type[XformoptError], message: str, home: Path) -> None:
     with pytest.raises(kind) as caught:
         classify(model)
     assert message in str(caught.value)
@@ -89,9 +87,7 @@ def test_resolve_loads_each_form(
     source = resolve(save_model("vit"), batch=2)
     assert isinstance(source, Source)
     assert source.example_inputs["pixel_values"].shape == (2, 3, 16, 16)
-    Path("resolved_net.py").write_text(
-        "import torch\ndef make(): return torch.nn.Linear(2, 2), torch.ones(1, 2)\n"
-    )
+    Path("resolved_net.py").write_text("import torch\ndef make(): return torch.nn.Linear(2, 2), torch.ones(1, 2)\n")
     assert isinstance(resolve("resolved_net:make"), Source)
     torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), "linear.pt2")
     assert isinstance(resolve("linear.pt2"), torch.export.ExportedProgram)
@@ -99,7 +95,5 @@ def test_resolve_loads_each_form(
 
 
 def test_classifying_imports_no_toolchain() -> None:
-    code = (
-        "import sys, xformopt.capture.resolve; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
-    )
+    code = "import sys, xformopt.capture.resolve; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

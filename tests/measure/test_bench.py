@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xformopt.bench import BenchSettings, Candidate, run_bench
+from xformopt.benchmark import BenchSettings, Candidate, run_bench
 from xformopt.errors import UsageError
 from xformopt.measure.child import Child
 from xformopt.measure.machine import Peaks

@@ -100,9 +100,7 @@ def check_pt2(path: str | Path) -> None:
 def _check_zip(path: Path) -> set[str]:
     """Check the container: plain stored files in one folder. Returns the entries' names below that folder."""
     if not path.is_file():
-        raise CaptureError(
-            f'There is no file "{path}": expected a .pt2 archive written by torch.export.save.'
-        )
+        raise CaptureError(f'There is no file "{path}": expected a .pt2 archive written by torch.export.save.')
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -112,9 +110,7 @@ def _check_zip(path: Path) -> set[str]:
             "torch.export.save writes; copy or export it again."
         ) from error
     if "version" in {entry.filename for entry in entries}:
-        raise _refusal(
-            path, "version", "marks the format of torch 2.7 and older, which is pickled throughout"
-        )
+        raise _refusal(path, "version", "marks the format of torch 2.7 and older, which is pickled throughout")
     names = [entry.filename for entry in entries]
     for entry in entries:
         if problem := _zip_problem(entry, path.stat().st_size):
@@ -169,9 +165,7 @@ def _check_config(path: Path, reader: Any, config: str, names: set[str]) -> None
     for tensor, payload in table["config"].items():
         name = f"{folder}/{payload.get('path_name')}" if isinstance(payload, dict) else ""
         if name not in names or not TENSORS.fullmatch(name):
-            raise _refusal(
-                path, config, f'stores "{tensor}" as "{name}", which is no raw tensor of the archive'
-            )
+            raise _refusal(path, config, f'stores "{tensor}" as "{name}", which is no raw tensor of the archive')
         if payload.get("use_pickle") is not False:
             _check_pickle(path, name, reader.get_record(name))
         elif reader.get_record_size(name) == 0 and _elements(payload) != 0:
@@ -196,9 +190,7 @@ def _check_pickle(path: Path, name: str, data: bytes) -> None:
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise _refusal(
-            path, name, "is pickled and holds more than tensors, so loading it could run code"
-        ) from error
+        raise _refusal(path, name, "is pickled and holds more than tensors, so loading it could run code") from error
 
 
 def _nested(path: Path, name: str, data: bytes) -> Iterable[zipfile.ZipInfo]:

@@ -148,9 +148,7 @@ def _check_keys(folder: Path, model: Any, info: dict[str, Any]) -> None:
     """Refuse tensors that are missing or of another shape: transformers would draw them at random."""
     kind, unexpected = type(model).__name__, sorted(info["unexpected_keys"])
     if info["error_msgs"]:
-        raise CaptureError(
-            f'The weights in "{folder}" do not fit {kind}: {info["error_msgs"][0].splitlines()[0]}'
-        )
+        raise CaptureError(f'The weights in "{folder}" do not fit {kind}: {info["error_msgs"][0].splitlines()[0]}')
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise CaptureError(

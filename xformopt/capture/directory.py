@@ -39,9 +39,7 @@ COMPANIONS = (
     "processor_config.json",
     "sentence_bert_config.json",
 )
-CONVERT = (
-    "Convert them to safetensors with a machine you trust: model.save_pretrained(folder) writes that format."
-)
+CONVERT = "Convert them to safetensors with a machine you trust: model.save_pretrained(folder) writes that format."
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,7 @@ def read_json(path: Path) -> Any:
             "fetch the model again."
         ) from error
     except (json.JSONDecodeError, RecursionError) as error:
-        place = (
-            f"line {error.lineno}: {error.msg}"
-            if isinstance(error, json.JSONDecodeError)
-            else "nested too deep"
-        )
+        place = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
         raise CaptureError(
             f'"{path}" is not valid JSON ({place}). The file is damaged; fetch the model again.'
         ) from error
@@ -204,9 +198,7 @@ def _what_is_wrong(file: Path) -> str:
     ends = _data_ends(header)
     if ends and max(ends) > size - 8 - length:
         missing = max(ends) - (size - 8 - length)
-        return (
-            f"is truncated: its header promises {max(ends)} bytes of tensors, {missing} more than there are"
-        )
+        return f"is truncated: its header promises {max(ends)} bytes of tensors, {missing} more than there are"
     return "has a safetensors header that contradicts the file"
 
 

@@ -56,9 +56,7 @@ def derive_examples(model: Any, *, batch: int = 1, length: int | None = None) ->
 
     """
     if batch < 1 or (length is not None and length < 1):
-        raise UsageError(
-            f"The batch and the length must be at least 1; got batch {batch} and length {length}."
-        )
+        raise UsageError(f"The batch and the length must be at least 1; got batch {batch} and length {length}.")
     accepted = list(inspect.signature(model.forward).parameters)
     request = _Request(model, batch, length, torch.Generator().manual_seed(0))
     entries = {name: (tensor, axes) for name, tensor, axes in _entries(request, set(accepted))}
@@ -112,9 +110,7 @@ def _text(request: _Request, accepted: set[str]) -> Iterator[_Entry]:
 
 def _decoder(request: _Request) -> _Entry:
     config = _text_config(request.model.config)
-    longest = getattr(config, "max_target_positions", None) or getattr(
-        config, "max_position_embeddings", None
-    )
+    longest = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
     length = min(DECODER_LENGTH, longest or DECODER_LENGTH)
     tokens = _tokens(config, (request.batch, length), request.seed)
     start = getattr(request.model.config, "decoder_start_token_id", None)
@@ -160,9 +156,7 @@ def _tokens(config: Any, shape: tuple[int, int], seed: torch.Generator) -> torch
     need exactly one.
     """
     special = {
-        value
-        for name, value in config.to_dict().items()
-        if name.endswith("token_id") and isinstance(value, int)
+        value for name, value in config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)
     }
     ordinary = torch.tensor([index for index in range(config.vocab_size) if index not in special] or [0])
     tokens = ordinary[torch.randint(len(ordinary), shape, generator=seed)]

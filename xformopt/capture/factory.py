@@ -45,11 +45,7 @@ def load_factory(spec: str) -> Source:
 
     """
     module_name, _, name = spec.partition(":")
-    if (
-        not module_name
-        or not name
-        or not all(part.isidentifier() for part in f"{module_name}.{name}".split("."))
-    ):
+    if not module_name or not name or not all(part.isidentifier() for part in f"{module_name}.{name}".split(".")):
         raise UsageError(
             f'"{spec}" is not of the form package.module:factory: expected the import path of a Python '
             "module, a colon, and the name of a function in it that returns the model."
@@ -61,9 +57,7 @@ def load_factory(spec: str) -> Source:
     inputs = bind_inputs(module, given, spec)
     module = module.eval().requires_grad_(False)
     check_finite(module, f'"{spec}"')
-    dtypes = sorted(
-        {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()} - {"float32"}
-    )
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()} - {"float32"})
     return Source(
         module=module,
         example_inputs=inputs,
@@ -92,9 +86,7 @@ def bind_inputs(module: torch.nn.Module, given: Any, where: str) -> dict[str, to
     if isinstance(given, torch.Tensor):
         given = (given,)
     if not isinstance(given, Mapping | tuple | list) or not given:
-        raise CaptureError(
-            f"The example inputs of {where} are a {type(given).__name__} without tensors. {RETURN}"
-        )
+        raise CaptureError(f"The example inputs of {where} are a {type(given).__name__} without tensors. {RETURN}")
     try:
         bound = signature.bind(**given) if isinstance(given, Mapping) else signature.bind(*given)
     except TypeError as error:
@@ -195,9 +187,7 @@ def _raised(error: Exception, what: str) -> CaptureError:
     else:
         frames = traceback.extract_tb(error.__traceback__)
         # the innermost line of the user's own code says more than the library's line it led to
-        own = [
-            frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__
-        ]
+        own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
         frame = (own or frames)[-1]
         message, place = (
             " ".join(str(error).split()) or "no message",

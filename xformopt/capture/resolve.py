@@ -146,8 +146,7 @@ def _classify_path(path: Path) -> ModelForm:
         )
     if path.suffix == ".py":
         raise CaptureError(
-            f'"{path}" is a Python file: name the function in it that returns the model, as '
-            f'"{path.stem}:function".'
+            f'"{path}" is a Python file: name the function in it that returns the model, as "{path.stem}:function".'
         )
     if path.suffix == ".onnx":
         raise CaptureError(
@@ -155,8 +154,7 @@ def _classify_path(path: Path) -> ModelForm:
             "the PyTorch model it was exported from."
         )
     raise CaptureError(
-        f'"{path}" is a file that is no model: expected a .pt2 archive, or a directory in Hugging Face '
-        "format."
+        f'"{path}" is a file that is no model: expected a .pt2 archive, or a directory in Hugging Face format.'
     )
 
 

@@ -97,9 +97,7 @@ def _is_remark(value: Any) -> bool:
     """Tell whether a free field holds only text: a value may bear such a name, but hides nothing by it."""
     if isinstance(value, dict):
         return all(isinstance(item, str) and not name.startswith("as_") for name, item in value.items())
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(item, str) for item in value)
-    )
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def _check_text(text: str, key: str) -> None:

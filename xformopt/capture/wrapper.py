@@ -37,9 +37,7 @@ class NamedModel(torch.nn.Module):
 class SentenceEncoder(NamedModel):
     """A text encoder followed by the pooling that a sentence-transformers directory asks for."""
 
-    def __init__(
-        self, model: torch.nn.Module, input_names: tuple[str, ...], pooling: str, normalize: bool
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, input_names: tuple[str, ...], pooling: str, normalize: bool) -> None:
         super().__init__(model, input_names)
         self.pool = POOLINGS[pooling]
         self.normalize = normalize
@@ -59,9 +57,7 @@ def named_forward(kind: type[Module], names: tuple[str, ...]) -> type[Module]:
     A signature, not generated source: whatever asks for the forward's parameters (torch.export does) is told
     the names, and the call itself binds them.
     """
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)
-    ]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
     signature = inspect.Signature(parameters)
 
     def forward(self: Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, torch.Tensor]:

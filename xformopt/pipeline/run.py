@@ -43,8 +43,8 @@ class Record:
     """What one pass did to the program.
 
     ``relative_l2`` compares the outputs with those before the pass, ``drift`` with those of the captured program, both
-    as the worst over outputs and cases; ``local_l2`` is the worst of any single rewrite.  ``speedup`` is the interval of
-    the measured ratio before / after, where it was measured.
+    as the worst over outputs and cases; ``local_l2`` is the worst of any single rewrite.  ``speedup`` is the interval
+    of the measured ratio before / after, where it was measured.
     """
 
     name: str
@@ -236,11 +236,11 @@ class _Run:
             return replace(record, dropped=reason)
         if self.measure is None:
             return record
-        record = replace(record, speedup=self.measure(before, after))
-        assert record.speedup is not None
-        if record.speedup[0] > 1:
+        low, high = self.measure(before, after)
+        record = replace(record, speedup=(low, high))
+        if low > 1:
             return record
-        reason = f"it buys no measured time on {self.context.target} (speed-up {record.speedup[0]:.2f} to {record.speedup[1]:.2f})"
+        reason = f"it buys no measured time on {self.context.target} (speed-up {low:.2f} to {high:.2f})"
         if self.pipeline.keep_if_faster:
             return replace(record, dropped=reason)
         return replace(record, notes=(*record.notes, reason))

@@ -282,7 +282,7 @@ class _Bench:
 
     def _spawn(self) -> Child:
         environment = {name: str(self.threads) for name in _THREAD_VARIABLES}
-        return Child("xformopt.bench_worker", environment)
+        return Child("xformopt.benchmark_worker", environment)
 
     def _ask(self, entry: _Entry, command: str, **arguments: Any) -> dict[str, Any]:
         assert entry.child is not None
