@@ -3,8 +3,8 @@
     python tools/measure_exact.py [MODEL ...]         writes tools/results/exact-MODEL.json
 
 Every system runs in a process of its own on two threads, rounds interleaved; parity is checked before any time is
-believed.  ``onnxruntime-optimizer`` is ``onnxruntime.transformers.optimizer`` on torch's export; where it fails, the run
-says so.  OpenVINO reads torch's export, once with dynamic shapes and once reshaped to the measured one.
+believed.  "onnxruntime optimizer" is ``onnxruntime.transformers.optimizer`` on torch's export; where it fails, that is
+printed.  OpenVINO reads torch's export, once with dynamic shapes and once reshaped to the measured one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from xformopt.pipeline.run import describe
 from xformopt.program import example_sizes, save_program
 
 RESULTS = Path(__file__).parent / "results"
-OPTIMIZER_TYPES = {"minilm": "bert", "bert-base": "bert", "vit-b16": "vit", "deit-s": "vit", "gpt2": "gpt2", "llama-12": "gpt2"}
+OPTIMIZER_TYPES = {"vit-b16": "vit", "deit-s": "vit", "gpt2": "gpt2", "llama-12": "gpt2"}
 
 
 def measure(name: str, folder: Path, rounds: int | None) -> None:
@@ -55,7 +55,8 @@ def measure(name: str, folder: Path, rounds: int | None) -> None:
     RESULTS.mkdir(exist_ok=True)
     report.to_json(RESULTS / f"exact-{name}.json")
     for run in report.runs:
-        print(f"{name:10} {run.name:28} {run.latency_ms.p50 if run.latency_ms else float('nan'):8.2f} ms  {run.error or ''}")
+        p50 = run.latency_ms.p50 if run.latency_ms else float("nan")
+        print(f"{name:10} {run.name:28} {p50:8.2f} ms  {run.error or ''}", flush=True)
 
 
 def export_peers(
@@ -63,10 +64,7 @@ def export_peers(
 ) -> list[Candidate]:
     """Export with torch, optimize with ONNX Runtime's transformer optimizer, and list what came of it."""
     exported = folder / "dynamo.onnx"
-    shapes = {
-        key: {axis: torch.export.Dim.DYNAMIC if key == "pixel_values" else torch.export.Dim.AUTO for axis in found}
-        for key, found in axes.items()
-    }
+    shapes = {key: dict.fromkeys(found, torch.export.Dim.AUTO) for key, found in axes.items()}
     # torch.export takes sizes of 1 for constants: export at batch 2
     doubled = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
@@ -94,7 +92,7 @@ def optimize_with_onnxruntime(name: str, model: torch.nn.Module, source: Path, t
     width = getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0)
     with contextlib.redirect_stdout(io.StringIO()):
         done = optimizer.optimize_model(
-            str(source), model_type=OPTIMIZER_TYPES[name], num_heads=heads, hidden_size=width, opt_level=1
+            str(source), model_type=OPTIMIZER_TYPES.get(name, "bert"), num_heads=heads, hidden_size=width, opt_level=1
         )
     done.save_model_to_file(str(target), use_external_data_format=True)
 

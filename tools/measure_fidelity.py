@@ -20,6 +20,7 @@ import xformopt as xo
 from xformopt.measure.machine import describe_machine
 from xformopt.pipeline.numeric import relative_l2
 from xformopt.program import Program, sample_inputs, valid_positions
+from xformopt.program.sample import Padding
 
 RESULTS = Path(__file__).parent / "results" / "fidelity.json"
 BATCHES = (1, 3)
@@ -42,12 +43,15 @@ def deviations(name: str) -> list[dict[str, object]]:
                 continue
             for padding in ("none", "left", "right") if length not in (None, 1) else ("none",):
                 sizes = {"batch": batch} | ({"length": length} if length else {})
-                rows.append({"batch": batch, "length": length, "padding": padding, **compare(model, program, artifact, sizes, padding)})
+                found = compare(model, program, artifact, sizes, padding)
+                rows.append({"batch": batch, "length": length, "padding": padding, "relative_l2": found})
                 print(name, rows[-1], flush=True)
     return rows
 
 
-def compare(model: torch.nn.Module, program: Program, artifact: object, sizes: dict[str, int], padding: str) -> dict[str, float]:
+def compare(
+    model: torch.nn.Module, program: Program, artifact: xo.Artifact, sizes: dict[str, int], padding: Padding
+) -> dict[str, float]:
     """Return the relative L2 of every output."""
     inputs = sample_inputs(program, sizes, seed=1, padding=padding)
     with torch.no_grad():

@@ -67,7 +67,9 @@ def bert_base(attention: str = "sdpa") -> tuple[torch.nn.Module, dict[str, torch
 
     config = BertConfig(attn_implementation=attention)
     model = _seeded(lambda: BertModel(config, add_pooling_layer=False))
-    return TextModel(model, ("input_ids", "attention_mask"), "last_hidden_state"), text_inputs(config.vocab_size, 1, 128)
+    return TextModel(model, ("input_ids", "attention_mask"), "last_hidden_state"), text_inputs(
+        config.vocab_size, 1, 128
+    )
 
 
 def vit_b16(attention: str = "sdpa") -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -82,9 +84,7 @@ def deit_s(attention: str = "sdpa") -> tuple[torch.nn.Module, dict[str, torch.Te
     """DeiT-S: width 384, 6 heads, 198 tokens (class and distillation token)."""
     from transformers import DeiTConfig, DeiTModel
 
-    config = DeiTConfig(
-        hidden_size=384, num_attention_heads=6, intermediate_size=1536, attn_implementation=attention
-    )
+    config = DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, attn_implementation=attention)
     model = _seeded(lambda: DeiTModel(config, add_pooling_layer=False))
     return ImageModel(model, ("pixel_values",), "last_hidden_state"), image_inputs(1)
 

@@ -17,17 +17,9 @@ __all__ = [
     "restore_rows",
     "split_linear",
     "undo_movement",
-    "view_as_reshape",
 ]
 
 aten = torch.ops.aten
-
-
-def view_as_reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
-    """``view`` demands a memory layout, which a rewrite of its producer may change; ``reshape`` does not."""
-    if operator_name(node) not in ("view", "_unsafe_view") or node.target is aten.view.dtype:
-        return None
-    return editor.call(aten.reshape.default, *node.args)
 
 
 def lift_einsum(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
@@ -108,7 +100,7 @@ def add_bias(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 def restore_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
     """Undo flattening and transposing of rows around a linear layer: it acts on the last axis alone."""
-    if not _ends_chain(node):
+    if not is_movement(node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     chain = movement_chain(node)
     linear = chain[-1]
