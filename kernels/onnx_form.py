@@ -110,7 +110,9 @@ class Builder:
             self.pending.append(node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
-    def xf(self, operator: str, *inputs: ir.Value | None, like: ir.Value, width: int | None = None, **attributes: Any) -> Any:
+    def xf(
+        self, operator: str, *inputs: ir.Value | None, like: ir.Value, width: int | None = None, **attributes: Any
+    ) -> Any:
         """Emit an xf operator whose result has the type and shape of ``like``, but the last axis ``width``."""
         import onnx_ir as ir
 
@@ -187,8 +189,6 @@ class Builder:
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         import onnx_ir as ir
 
-        value = ir.Value(
-            name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
-        )
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
         self.graph.initializers[name] = value
         return value

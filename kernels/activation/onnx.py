@@ -66,7 +66,7 @@ def formula(b: Builder, node: XfNode) -> ir.Value:
 
 
 FORMS = (
-    Form("contrib", contrib, _accepts("gelu", "gelu_tanh", "gelu_quick", "silu")),
     Form("standard", standard, _accepts("gelu", "gelu_tanh", "relu"), is_standard=True),
+    Form("contrib", contrib, _accepts("gelu", "gelu_tanh", "gelu_quick", "silu")),
     Form("formula", formula, is_standard=True),
 )

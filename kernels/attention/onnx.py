@@ -23,6 +23,27 @@ _HIDDEN = {2: -3.0e4, 4: -1.0e30, 8: -1.0e30}
 _MAX_STORED_MASK = 1 << 20
 
 
+def attention(b: Builder, node: XfNode) -> ir.Value:
+    """The standard operator, which works on the heads where they lie; all masks become one tensor."""
+    is_causal = _is_plainly_causal(node) and all(node[name] is None for name in ("key_mask", *_ADDED))
+    visible = None if is_causal else _visible(b, node)
+    if any(node[name] is not None for name in _ADDED):
+        mask = _added(b, node, visible)
+    else:
+        mask = None if visible is None else _over_pairs(b, node, visible)
+    return b.op(
+        "Attention",
+        node["q"],
+        node["k"],
+        node["v"],
+        mask,
+        q_num_heads=node["heads"],
+        kv_num_heads=node["kv_heads"],
+        scale=node["scale"],
+        is_causal=int(is_causal),
+    )
+
+
 def multi_head_attention(b: Builder, node: XfNode) -> ir.Value:
     """ONNX Runtime's fused operator; key/value heads are repeated for it, positions it has no flag for become a bias."""
     k, v = _repeated(b, node)
@@ -35,7 +56,7 @@ def multi_head_attention(b: Builder, node: XfNode) -> ir.Value:
         v,
         None,
         None if key_mask is None else b.op("Cast", key_mask, to=_INT32),
-        _full_bias(b, node, skip_positions=is_causal),
+        _added(b, node, None if is_causal else _positions(b, node)),
         domain=CONTRIB,
         num_heads=node["heads"],
         scale=node["scale"],
@@ -90,8 +111,8 @@ def matmul_softmax(b: Builder, node: XfNode) -> ir.Value:
     values = _split_heads(b, v, heads, _depth(node, "v"), [0, 2, 1, 3])  # [B, H, S, E]
     logits = b.op("MatMul", queries, keys)
     visible = _visible(b, node)
-    for term in (_hiding(b, node, visible), _bias(b, node), _key_log_size(b, node)):
-        logits = logits if term is None else b.op("Add", logits, term)
+    for term in _terms(b, node, visible):
+        logits = b.op("Add", logits, term)
     attended = b.op("MatMul", b.op("Softmax", logits, axis=-1), values)
     if visible is not None and not _always_sees_a_key(node):
         sees = b.op("ReduceMax", b.op("Cast", visible, to=int(node["q"].dtype)), b.constant([-1], np.int64), keepdims=1)
@@ -100,12 +121,14 @@ def matmul_softmax(b: Builder, node: XfNode) -> ir.Value:
 
 
 FORMS = (
+    Form("attention", attention),
     Form("multi_head_attention", multi_head_attention),
     Form("group_query_attention", group_query_attention, _is_decoder),
     Form("matmul_softmax", matmul_softmax, is_standard=True),
 )
 
 _INT32 = 6  # TensorProto.INT32
+_ADDED = ("bias", "key_log_size")
 
 
 def _depth(node: XfNode, name: str) -> int:
@@ -148,18 +171,18 @@ def _split_heads(b: Builder, value: ir.Value, heads: int, depth: int, perm: list
 
 
 def _positions(b: Builder, node: XfNode) -> ir.Value | None:
-    """Return which key each query sees by position, ``[T, S]``, or None for all."""
+    """Return which key each query sees by position, ``[1, 1, T, S]``, or None for all."""
     causal, left, right = node["causal"], node["window_left"], node["window_right"]
     if not causal and left < 0 and right < 0:
         return None
     T, S = node.shape("q")[1], node.shape("k")[1]
     if isinstance(T, int) and isinstance(S, int) and T * S <= _MAX_STORED_MASK:
-        return b.constant(visible_keys(T, S, causal, left, right).numpy())
+        return b.constant(visible_keys(T, S, causal, left, right).numpy()[None, None])
     zero, one = b.constant(0, np.int64), b.constant(1, np.int64)
     rows, columns = (b.op("Squeeze", b.size(node[name], 1)) for name in ("q", "k"))
     diagonal = b.op("Range", b.op("Sub", columns, rows), columns, one)
     keys = b.op("Range", zero, columns, one)
-    distance = b.op("Sub", keys, b.op("Unsqueeze", diagonal, b.constant([1], np.int64)))
+    distance = b.op("Sub", keys, b.op("Unsqueeze", diagonal, b.constant([0, 1, 3], np.int64)))
     bounds = [b.op("LessOrEqual", distance, zero)] if causal else []
     if left >= 0:
         bounds.append(b.op("GreaterOrEqual", distance, b.constant(-left, np.int64)))
@@ -169,7 +192,7 @@ def _positions(b: Builder, node: XfNode) -> ir.Value | None:
 
 
 def _visible(b: Builder, node: XfNode) -> ir.Value | None:
-    """Return which key each query sees, broadcastable to ``[B, 1, T, S]``, or None for all."""
+    """Return which key each query sees, ``[1 or B, 1, 1 or T, S]``, or None for all."""
     positions, key_mask = _positions(b, node), node["key_mask"]
     if key_mask is None:
         return positions
@@ -177,45 +200,37 @@ def _visible(b: Builder, node: XfNode) -> ir.Value | None:
     return keys if positions is None else b.op("And", keys, positions)
 
 
-def _hiding(b: Builder, node: XfNode, visible: ir.Value | None) -> ir.Value | None:
-    if visible is None:
-        return None
-    q = node["q"]
-    hiding: ir.Value = b.op("Where", visible, b.scalar(0.0, q), b.scalar(_hidden(node), q))
-    return hiding
+def _terms(b: Builder, node: XfNode, visible: ir.Value | None) -> list[ir.Value]:
+    """Return what is added to the logits, each with four axes and finite: a whole row of infinities has no softmax."""
+    q, bias, log_size = node["q"], node["bias"], node["key_log_size"]
+    terms: list[ir.Value] = []
+    if visible is not None:
+        terms.append(b.op("Where", visible, b.scalar(0.0, q), b.scalar(_hidden(node), q)))
+    if bias is not None:
+        missing = 4 - len(node.shape("bias"))
+        if missing:
+            bias = b.op("Unsqueeze", bias, b.constant(list(range(missing)), np.int64))
+        terms.append(b.op("Max", bias, b.scalar(_hidden(node), q)))
+    if log_size is not None:
+        terms.append(b.op("Unsqueeze", log_size, b.constant([1, 2], np.int64)))
+    return terms
 
 
-def _bias(b: Builder, node: XfNode) -> ir.Value | None:
-    """Return the bias with four axes and no infinity, whose sum over a whole row would not be a number."""
-    bias = node["bias"]
-    if bias is None:
-        return None
-    missing = 4 - len(node.shape("bias"))
-    if missing:
-        bias = b.op("Unsqueeze", bias, b.constant(list(range(missing)), np.int64))
-    finite: ir.Value = b.op("Max", bias, b.scalar(_hidden(node), node["q"]))
-    return finite
-
-
-def _key_log_size(b: Builder, node: XfNode) -> ir.Value | None:
-    size = node["key_log_size"]
-    return None if size is None else b.op("Unsqueeze", size, b.constant([1, 2], np.int64))
-
-
-def _full_bias(b: Builder, node: XfNode, *, skip_positions: bool) -> ir.Value | None:
-    """Return everything but the key mask as one bias, ``[1 or B, 1 or H, T, S]``."""
-    hiding = _hiding(b, node, None if skip_positions else _positions(b, node))
-    if hiding is not None:
-        hiding = b.op("Unsqueeze", hiding, b.constant([0, 1], np.int64))
-    terms = [term for term in (hiding, _bias(b, node), _key_log_size(b, node)) if term is not None]
+def _added(b: Builder, node: XfNode, visible: ir.Value | None) -> ir.Value | None:
+    """Return the sum of all that is added to the logits, ``[1 or B, 1 or H, T, S]``, or None for nothing."""
+    terms = _terms(b, node, visible)
     if not terms:
         return None
     total = terms[0]
     for term in terms[1:]:
         total = b.op("Add", total, term)
     pairs = (node.shape("q")[1], node.shape("k")[1])
-    if hiding is not None or (node["bias"] is not None and node.shape("bias")[-2:] == pairs):
-        return total
+    is_over_pairs = node["bias"] is not None and node.shape("bias")[-2:] == pairs
+    return total if is_over_pairs else _over_pairs(b, node, total)
+
+
+def _over_pairs(b: Builder, node: XfNode, value: ir.Value) -> ir.Value:
+    """Expand the last two axes to queries and keys: the fused operators do not broadcast them."""
     sizes = b.op("Concat", b.constant([1, 1], np.int64), b.size(node["q"], 1), b.size(node["k"], 1), axis=0)
-    expanded: ir.Value = b.op("Expand", total, sizes)
+    expanded: ir.Value = b.op("Expand", value, sizes)
     return expanded

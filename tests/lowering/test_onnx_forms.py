@@ -22,7 +22,11 @@ dim batch in [1, inf]
 dim length in [1, 512]
 dim keys in [1, 512]
 """
-SIZES = ({"batch": 1, "length": 1, "keys": 1}, {"batch": 3, "length": 7, "keys": 13}, {"batch": 2, "length": 63, "keys": 65})
+SIZES = (
+    {"batch": 1, "length": 1, "keys": 1},
+    {"batch": 3, "length": 7, "keys": 13},
+    {"batch": 2, "length": 63, "keys": 65},
+)
 
 # heads * head width: 4 * 8 queries, 2 * 8 or 4 * 8 keys, values of width 8 or 6
 ATTENTION = (

@@ -25,6 +25,8 @@ __all__ = ["Exported", "export_onnx", "require_onnx"]
 
 # operators torch translates well but xformopt has better forms for, with the xf operator of the same arguments
 _SAME_AS = {torch.ops.aten.linear.default: "linear"}
+# the first with an Attention operator
+OPSET = 23
 # sizes a trace takes apart from each other and from what models use
 _TRACE_SIZES = (5, 11, 23, 47, 7, 13, 29, 53, 17, 31)
 
@@ -64,7 +66,13 @@ def export_onnx(program: Program) -> Exported:
     with _quiet():
         try:
             result = torch.onnx.export(
-                exported, (), dynamo=True, custom_translation_table=_translations(), optimize=True, verbose=False
+                exported,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=_translations(),
+                optimize=True,
+                verbose=False,
             )
         except Exception as error:
             raise LoweringError(_explain(program, error)) from error
