@@ -21,6 +21,8 @@ __all__ = ["FORMS"]
 _HIDDEN = {2: -3.0e4, 4: -1.0e30, 8: -1.0e30}
 # beyond this many pairs a positional mask is computed at run time
 _MAX_STORED_MASK = 1 << 20
+_ADDED = ("bias", "key_log_size")
+_INT32 = 6  # TensorProto.INT32
 
 
 def attention(b: Builder, node: XfNode) -> ir.Value:
@@ -121,14 +123,11 @@ def matmul_softmax(b: Builder, node: XfNode) -> ir.Value:
 
 
 FORMS = (
-    Form("attention", attention),
+    Form("attention", attention, is_standard=True),
     Form("multi_head_attention", multi_head_attention),
     Form("group_query_attention", group_query_attention, _is_decoder),
     Form("matmul_softmax", matmul_softmax, is_standard=True),
 )
-
-_INT32 = 6  # TensorProto.INT32
-_ADDED = ("bias", "key_log_size")
 
 
 def _depth(node: XfNode, name: str) -> int:

@@ -14,14 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["FORMS"]
 
 
-def simplified_layer_normalization(b: Builder, node: XfNode) -> ir.Value:
-    """ONNX Runtime's fused operator, which it registers under the standard domain."""
+def rms_normalization(b: Builder, node: XfNode) -> ir.Value:
+    """The standard operator, over groups where there are several."""
     weight = _weight(b, node)
 
     def normalize(parts: ir.Value) -> ir.Value:
-        value: ir.Value = b.op(
-            "SimplifiedLayerNormalization", parts, weight, axis=-1, epsilon=node["eps"], stash_type=1
-        )
+        value: ir.Value = b.op("RMSNormalization", parts, weight, axis=-1, epsilon=node["eps"])
         return value
 
     return in_groups(b, node, normalize)
@@ -50,6 +48,6 @@ def _weight(b: Builder, node: XfNode) -> ir.Value:
 
 
 FORMS = (
-    Form("simplified_layer_normalization", simplified_layer_normalization),
+    Form("rms_normalization", rms_normalization, is_standard=True),
     Form("formula", formula, is_standard=True),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from xformopt.kernels.onnx_form import CONTRIB, Builder, Form, Verdict, XfNode
+from xformopt.kernels.onnx_form import Builder, Form, Verdict, XfNode
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -14,32 +14,31 @@ __all__ = ["FORMS"]
 
 
 def rotary_embedding(b: Builder, node: XfNode) -> ir.Value:
-    """ONNX Runtime's operator; its cache of angles is a table with one row for each token."""
+    """The standard operator; it wants the angles of every sequence."""
     x, half = node["x"], node.shape("cos")[-1]
-    tables = [b.reshape(node[name], -1, half) for name in ("cos", "sin")]
+    assert isinstance(half, int)
+    cos, sin = (_for_batch(b, node, node[name]) for name in ("cos", "sin"))
     is_whole = 2 * half * node["heads"] == node.shape("x")[-1]
     return b.op(
         "RotaryEmbedding",
         x,
-        _positions(b, node),
-        *tables,
-        domain=CONTRIB,
+        cos,
+        sin,
         num_heads=node["heads"],
         interleaved=int(node["interleaved"]),
         rotary_embedding_dim=0 if is_whole else 2 * half,
     )
 
 
-def _positions(b: Builder, node: XfNode) -> ir.Value:
-    if node.shape("cos")[0] == 1:
-        # one row for each place, counted from here
-        return b.constant([0], np.int64)
-    batch, length = b.size(node["cos"], 0), b.size(node["cos"], 1)
-    scalars = (b.constant(0, np.int64), b.op("Squeeze", b.op("Mul", batch, length)), b.constant(1, np.int64))
-    return b.reshape(b.op("Range", *scalars), batch, length)
+def _for_batch(b: Builder, node: XfNode, angles: ir.Value) -> ir.Value:
+    if node.shape("cos")[0] == node.shape("x")[0]:
+        return angles
+    ones = b.constant([1, 1], np.int64)
+    expanded: ir.Value = b.op("Expand", angles, b.op("Concat", b.size(node["x"], 0), ones, axis=0))
+    return expanded
 
 
-def _takes_tables(node: XfNode) -> Verdict:
+def _takes_angles(node: XfNode) -> Verdict:
     cos, x = node.shape("cos"), node.shape("x")
     if not isinstance(cos[-1], int):
         return "the number of angles is dynamic"
@@ -83,6 +82,6 @@ def _split(b: Builder, value: ir.Value, left: int, right: int) -> tuple[ir.Value
 
 
 FORMS = (
-    Form("rotary_embedding", rotary_embedding, _takes_tables),
+    Form("rotary_embedding", rotary_embedding, _takes_angles, is_standard=True),
     Form("formula", formula, is_standard=True),
 )

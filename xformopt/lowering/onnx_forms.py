@@ -22,7 +22,7 @@ __all__ = ["Choice", "build_graph", "forms_of", "offered_forms"]
 # form name by operator; an operator left out, or a node the form refuses, takes the first form that accepts
 Choice = Mapping[str, str]
 
-_NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
+_NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 
 
 @cache
