@@ -5,6 +5,7 @@ from __future__ import annotations
 from xformopt.program.dims import Dim, Dims, Shape, Size
 from xformopt.program.interpret import infer_value, interpret
 from xformopt.program.program import Input, Level, Output, Program, path_of, shape_of, value_of
+from xformopt.program.storage import load_program, save_program
 
 __all__ = [
     "Dim",
@@ -17,7 +18,9 @@ __all__ = [
     "Size",
     "infer_value",
     "interpret",
+    "load_program",
     "path_of",
+    "save_program",
     "shape_of",
     "value_of",
 ]
