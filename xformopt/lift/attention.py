@@ -202,14 +202,15 @@ def _walk_logits(node: fx.Node, factor: float = 1.0) -> _Logits | Reject:
 
 
 def _walk_sum(node: fx.Node, factor: float) -> _Logits | Reject:
-    refusal = Reject("neither addend of the logits leads to a product of queries and keys")
+    refusals = []
     for logits, term in (node.args, node.args[::-1]):
         if not isinstance(logits, fx.Node) or not isinstance(term, fx.Node):
             continue
         found = _walk_term(node, logits, term, "add", factor)
         if not isinstance(found, Reject):
             return found
-    return refusal
+        refusals.append(found)
+    return refusals[0] if refusals else Reject("the logits are added to a number")
 
 
 def _walk_term(node: fx.Node, logits: Any, term: Any, kind: str, factor: float) -> _Logits | Reject:

@@ -12,9 +12,11 @@ from xformopt.rewrite import Editor, Reject
 
 __all__ = [
     "add_bias",
+    "drop_nothing",
     "lift_einsum",
     "lift_linear",
     "restore_rows",
+    "spell_out_like",
     "split_linear",
     "undo_movement",
     "view_as_reshape",
@@ -28,6 +30,40 @@ def view_as_reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
     if operator_name(node) not in ("view", "_unsafe_view") or node.target is aten.view.dtype:
         return None
     return editor.call(aten.reshape.default, *node.args)
+
+
+def spell_out_like(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """What takes its shape or dtype from another value states it: ``view_as``, ``expand_as``, ``type_as``."""
+    name = operator_name(node)
+    if name not in ("view_as", "expand_as", "reshape_as", "type_as"):
+        return None
+    x, other = node.all_input_nodes if len(node.all_input_nodes) == 2 else node.all_input_nodes * 2
+    if name == "type_as":
+        return editor.call(aten._to_copy.default, x, dtype=value_of(other).dtype)
+    sizes = [
+        editor.call(aten.sym_size.int, other, axis) if isinstance(size, torch.SymInt) else size
+        for axis, size in enumerate(tuple[int | torch.SymInt, ...](value_of(other).shape))
+    ]
+    return editor.call((aten.expand if name == "expand_as" else aten.reshape).default, x, sizes)
+
+
+def drop_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """A cast to the dtype a value has, and empty parts of a ``cat``, are left out."""
+    name = operator_name(node)
+    if name in ("_to_copy", "to") and set(node.kwargs) <= {"dtype"} and is_movement(node):
+        return node.all_input_nodes[0]
+    if name != "cat":
+        return None
+    parts = node.all_input_nodes if len(node.all_input_nodes) == len(node.args[0]) else []  # type: ignore[arg-type]
+    axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    filled = [part for part in parts if value_of(part).dim() == value_of(node).dim() and _size(part, axis) != 0]
+    if not filled or len(filled) == len(parts):
+        return None
+    return filled[0] if len(filled) == 1 else editor.call(aten.cat.default, filled, axis)
+
+
+def _size(node: fx.Node, axis: int) -> int | torch.SymInt:
+    return value_of(node).shape[axis]
 
 
 def lift_einsum(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:

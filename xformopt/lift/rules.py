@@ -16,6 +16,8 @@ def lifting_rules(program: Program) -> tuple[Rule, ...]:
     load_operators()
     return (
         rows.view_as_reshape,
+        rows.spell_out_like,
+        rows.drop_nothing,
         rows.lift_einsum,
         rows.lift_linear,
         rows.add_bias,
