@@ -58,6 +58,7 @@ class LiftAttention:
     def __call__(self, editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
         """Replace the product with the values by ``xf.attention`` followed by a split into heads."""
         name = operator_name(node)
+        found: tuple[_Logits, fx.Node, bool] | Reject | None
         if name == "scaled_dot_product_attention":
             found = _sdpa_parts(node)
         elif name in _PRODUCTS and len(node.args) == 2:
@@ -201,14 +202,15 @@ def _walk_logits(node: fx.Node, factor: float = 1.0) -> _Logits | Reject:
 
 
 def _walk_sum(node: fx.Node, factor: float) -> _Logits | Reject:
-    refusal = Reject("neither addend of the logits leads to a product of queries and keys")
+    refusals = []
     for logits, term in (node.args, node.args[::-1]):
         if not isinstance(logits, fx.Node) or not isinstance(term, fx.Node):
             continue
         found = _walk_term(node, logits, term, "add", factor)
         if not isinstance(found, Reject):
             return found
-    return refusal
+        refusals.append(found)
+    return refusals[0] if refusals else Reject("the logits are added to a number")
 
 
 def _walk_term(node: fx.Node, logits: Any, term: Any, kind: str, factor: float) -> _Logits | Reject:
@@ -348,7 +350,7 @@ def _like(editor: Editor, result: fx.Node, node: fx.Node) -> fx.Node | Reject:
     if len(shape) == 3:
         return editor.call(aten.flatten.using_ints, result, 0, 1)
     if len(shape) == 5:
-        if isinstance(shape[1], torch.SymInt) or isinstance(shape[2], torch.SymInt):
+        if not all(isinstance(size, int) for size in shape[1:3]):
             return Reject("the axes of groups and heads vary")
         if shape[1] * shape[2] != value_of(result).shape[1]:
             return Reject(f"the result {tuple(shape)} has no [B, H, T, E] form")

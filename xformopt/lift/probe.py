@@ -38,7 +38,7 @@ def operator_name(node: object) -> str:
 
 
 def is_movement(node: object) -> bool:
-    """Whether a node only moves elements of its first argument (a cast to the same dtype moves them too)."""
+    """Whether a node only moves elements of its first argument (a cast to the same dtype and a fixed choice do)."""
     name = operator_name(node)
     if name in ("_to_copy", "to"):
         assert isinstance(node, fx.Node)
@@ -46,6 +46,10 @@ def is_movement(node: object) -> bool:
     if name == "dropout":
         assert isinstance(node, fx.Node)
         return not (len(node.args) > 2 and node.args[2])
+    if name in ("index", "index_select"):
+        assert isinstance(node, fx.Node)
+        chosen = node.all_input_nodes[1:]
+        return all(index.op == "get_attr" and value_of(index).dtype == torch.int64 for index in chosen)
     return name in MOVEMENT
 
 

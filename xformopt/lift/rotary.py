@@ -39,10 +39,13 @@ def _is_partial(user: fx.Node, rotated: fx.Node) -> bool:
 def _lift_partial(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
     parts = node.args[0]
     axis = node.args[1] if len(node.args) > 1 else 0
-    if len(parts) != 2 or axis not in (-1, 3) or operator_name(parts[0]) != "add":  # type: ignore[arg-type, index]
+    assert isinstance(parts, list | tuple)
+    if len(parts) != 2 or axis not in (-1, 3) or operator_name(parts[0]) != "add":
         return None
-    rotated, kept = parts  # type: ignore[misc]
-    terms = _read_sum(editor, rotated)  # type: ignore[has-type]
+    rotated, kept = parts
+    assert isinstance(rotated, fx.Node)
+    assert isinstance(kept, fx.Node)
+    terms = _read_sum(editor, rotated)
     if terms is None:
         return None
     probe = Probe(editor.program)
@@ -50,7 +53,7 @@ def _lift_partial(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
     for whole in movement_chain(terms[0])[1:]:
         if not isinstance(whole.meta.get("val"), torch.Tensor) or value_of(whole).shape[-1] != width:
             continue
-        first, rest = probe.moved(terms[0], whole), probe.moved(kept, whole)  # type: ignore[has-type]
+        first, rest = probe.moved(terms[0], whole), probe.moved(kept, whole)
         if first is not None and rest is not None and torch.equal(torch.cat([first, rest], -1), probe.positions(whole)):
             return _emit(editor, node, *terms, whole=whole)
     return Reject("the features that are not rotated do not follow those that are")

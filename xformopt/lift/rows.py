@@ -12,6 +12,7 @@ from xformopt.rewrite import Editor, Reject
 
 __all__ = [
     "add_bias",
+    "drop_empty_parts",
     "lift_einsum",
     "lift_linear",
     "restore_rows",
@@ -20,6 +21,20 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+
+
+def drop_empty_parts(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """Empty parts of a ``cat`` are left out."""
+    if operator_name(node) != "cat" or len(node.all_input_nodes) != len(node.args[0]):  # type: ignore[arg-type]
+        return None
+    parts = node.all_input_nodes
+    axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    filled = [
+        part for part in parts if value_of(part).dim() == value_of(node).dim() and value_of(part).shape[axis] != 0
+    ]
+    if not filled or len(filled) == len(parts):
+        return None
+    return filled[0] if len(filled) == 1 else editor.call(aten.cat.default, filled, axis)
 
 
 def lift_einsum(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:

@@ -15,6 +15,7 @@ def lifting_rules(program: Program) -> tuple[Rule, ...]:
     """Return the rules that bring a captured ``program`` to the lifted level."""
     return (
         *CANONICAL_RULES,
+        rows.drop_empty_parts,
         rows.lift_einsum,
         rows.lift_linear,
         rows.add_bias,
