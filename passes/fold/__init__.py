@@ -1,0 +1,1 @@
+"""Passes that compute ahead of time, and that clean up."""

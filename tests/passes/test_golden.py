@@ -1,0 +1,181 @@
+"""Run every golden file: a title, a program, ``# =>``, the expected program or ``# => unchanged: part of the reason``.
+
+Lines ``# options a=1`` and ``# assume no-padding`` after the title are for the pass and its context.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx
+from xformopt.passes import parse_pass, pass_files
+
+from xformopt.pipeline import Context, PassResult
+from xformopt.program import Program
+from xformopt.program.text import canonical_text
+from xformopt.rewrite import Fired, Region
+
+GOLDEN = Path(__file__).parent / "golden"
+_CASE = re.compile(r"^(?=# (?!=>|options |assume ))", re.MULTILINE)
+_TOLERANCE = 1e-6
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a golden file."""
+
+    pass_name: str
+    title: str
+    options: str
+    assume: frozenset[str]
+    before: str
+    expected: str
+
+    @property
+    def reason(self) -> str | None:
+        found = re.fullmatch(r"unchanged(?:: (.*))?", self.expected.strip())
+        return (found[1] or "") if found else None
+
+
+def read_cases(path: Path) -> list[Case]:
+    return [_read_case(path.stem.replace("_", "-"), text) for text in _CASE.split(path.read_text())[1:]]
+
+
+def _read_case(name: str, text: str) -> Case:
+    head, _, expected = text.partition("\n# =>")
+    lines = head.splitlines()
+    settings = dict(line[2:].split(" ", 1) for line in lines[1:] if line.startswith("# "))
+    before = "\n".join(line for line in lines[1:] if not line.startswith("# "))
+    assume = frozenset(settings.get("assume", "").split())
+    return Case(name, lines[0][2:], settings.get("options", ""), assume, before, expected)
+
+
+CASES = [
+    pytest.param(case, id=f"{case.pass_name}: {case.title}")
+    for path in sorted(GOLDEN.glob("*.ir"))
+    for case in read_cases(path)
+]
+
+
+def run_case(case: Case, program: Program) -> PassResult:
+    return parse_pass(f"{case.pass_name}{{{case.options}}}").run(program, Context(assume=case.assume))
+
+
+def shapes_and_text(program: Program) -> tuple[str, list[tuple[torch.dtype, torch.Size]]]:
+    text, order = canonical_text(program)
+    return text, [(program.parameters[name].dtype, program.parameters[name].shape) for name in order]
+
+
+def sizes_of(program: Program) -> dict[str, int]:
+    return {dim.name: min(dim.high or 99, 3 + 4 * index) for index, dim in enumerate(program.dims)}
+
+
+def draw(dtype: torch.dtype, shape: list[int], generator: torch.Generator, bound: int | None = None) -> torch.Tensor:
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2 if dtype == torch.bool else bound or 2, shape, generator=generator).to(dtype)
+
+
+def draw_inputs(program: Program) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = sizes_of(program)
+    return {
+        spec.name: draw(spec.dtype, [sizes.get(str(s), s) for s in spec.shape], generator, spec.bound)  # type: ignore[misc]
+        for spec in program.inputs
+    }
+
+
+def assert_same(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
+    for name, old in before.items():
+        new = after[name]
+        assert (new.dtype, new.shape) == (old.dtype, old.shape)
+        if not old.dtype.is_floating_point:
+            assert torch.equal(new, old)
+            continue
+        error = (new.double() - old.double()).norm() / old.double().norm().clamp(min=_TINY)
+        assert error <= _TOLERANCE, f"{name} is off by {error:.2e}"
+
+
+def run_region(program: Program, region: Region, inputs: dict[str, object]) -> tuple[object, ...]:
+    module = fx.GraphModule(dict(region.parameters), region.graph)
+    return module(*(inputs[name] for name in region.inputs))
+
+
+def draw_region_inputs(program: Program, fired: Fired) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(2)
+    sizes = sizes_of(program)
+    found: dict[str, object] = {}
+    for region in (fired.before, fired.after):
+        for node in region.graph.find_nodes(op="placeholder"):
+            if node.name in found:
+                continue
+            value = node.meta["val"]
+            if isinstance(value, torch.Tensor):
+                shape = [program.dims.evaluate(size, sizes) for size in program.dims.shape(value)]
+                found[node.name] = draw(value.dtype, shape, generator)
+            else:
+                found[node.name] = program.dims.evaluate(program.dims.expression(value), sizes)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: Case, request: pytest.FixtureRequest) -> None:
+    program = Program.parse(case.before)
+    text = str(program)
+    result = run_case(case, program)
+    if request.config.getoption("--update-golden"):
+        _update(case, result)
+        return
+    assert str(program) == text, "the pass changed its input"
+    assert result.changed == (shapes_and_text(program) != shapes_and_text(result.program))
+    if case.reason is not None:
+        assert not result.changed, f"fired:\n{result.program}"
+        assert not case.reason or any(case.reason in r.reason for r in result.rejected), result.rejected
+        return
+    expected = Program.parse(case.expected)
+    assert shapes_and_text(result.program) == shapes_and_text(expected), str(result.program)
+    assert Program.parse(str(result.program), parameters=result.program.parameters)
+    again = run_case(case, result.program)
+    assert not again.changed, f"a second run fires:\n{again.program}"
+    inputs = draw_inputs(program)
+    assert_same(program.run(inputs), result.program.run(inputs))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_regions_agree(case: Case) -> None:
+    program = Program.parse(case.before)
+    result = run_case(case, program)
+    assert bool(result.fired) == result.changed
+    for fired in result.fired:
+        inputs = draw_region_inputs(program, fired)
+        old, new = (run_region(program, region, inputs) for region in (fired.before, fired.after))
+        assert_same(_named(old), _named(new))
+
+
+def _named(values: tuple[object, ...]) -> dict[str, torch.Tensor]:
+    flat = [part for value in values for part in (value if isinstance(value, list | tuple) else [value])]
+    return {str(index): torch.as_tensor(part) for index, part in enumerate(flat)}
+
+
+def _update(case: Case, result: PassResult) -> None:
+    path = GOLDEN / f"{case.pass_name.replace('-', '_')}.ir"
+    new = f"\n{result.program}" if result.changed else " unchanged"
+    if case.reason is not None and not result.changed:
+        return
+    path.write_text(path.read_text().replace(f"{case.before}\n# =>{case.expected}", f"{case.before}\n# =>{new}\n"))
+
+
+def test_every_pass_has_a_golden_file() -> None:
+    assert {path.stem.replace("_", "-") for path in GOLDEN.glob("*.ir")} == set(pass_files())
+
+
+def test_most_cases_must_not_fire() -> None:
+    for path in GOLDEN.glob("*.ir"):
+        cases = read_cases(path)
+        assert sum(case.reason is not None for case in cases) * 2 >= len(cases), f"{path.name} has too few refusals"
