@@ -19,6 +19,7 @@ from xformopt.pipeline import Context, PassResult
 from xformopt.program import Program
 from xformopt.program.text import canonical_text
 from xformopt.rewrite import Fired, Region
+from xformopt.verify import check
 
 GOLDEN = Path(__file__).parent / "golden"
 _CASE = re.compile(r"^(?=# (?!=>|options |assume ))", re.MULTILINE)
@@ -133,6 +134,7 @@ def test_golden(case: Case, request: pytest.FixtureRequest) -> None:
         _update(case, result)
         return
     assert str(program) == text, "the pass changed its input"
+    check(result.program, deep=True)
     assert result.changed == (shapes_and_text(program) != shapes_and_text(result.program))
     if case.reason is not None:
         assert not result.changed, f"fired:\n{result.program}"
