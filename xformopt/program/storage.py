@@ -1,8 +1,8 @@
 """A Program on disk: its text beside its weights, memory-mapped when read, with nothing to unpickle.
 
-    program.txt               the text form
-    weights.safetensors       every parameter, stored once where several names share it
-    examples.safetensors      the example inputs, where there are any
+program.txt               the text form
+weights.safetensors       every parameter, stored once where several names share it
+examples.safetensors      the example inputs, where there are any
 """
 
 from __future__ import annotations
