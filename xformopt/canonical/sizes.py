@@ -141,7 +141,7 @@ def localize_expand(editor: Editor, node: fx.Node) -> fx.Node | None:
         -1 if axis >= new_axes and before[axis - new_axes] == size else _number_or(size, given[axis])
         for axis, size in enumerate(after)
     ]
-    if is_call(node, aten.expand.default) and sizes == list(given) and len(node.args) == 2 and not node.kwargs:
+    if is_call(node, aten.expand.default) and sizes == list(given):
         return None
     return editor.call(aten.expand.default, source, sizes)
 

@@ -143,7 +143,8 @@ def spell_cast(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
     value = value_of(node)
     if value.device != value_of(source).device:
         return Reject(f"moves the value from {value_of(source).device} to {value.device}")
-    if node.target is aten._to_copy.default and dict(node.kwargs) == {"dtype": value.dtype}:
+    stated = {name for name, argument in arguments(node).items() if argument not in (None, False)}
+    if node.target is aten._to_copy.default and stated <= {"self", "dtype"}:
         return None
     return editor.call(aten._to_copy.default, source, dtype=value.dtype)
 
