@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import xformopt.kernels
 
-__all__ = ["Operator", "find_operator", "load_operators"]
+__all__ = ["Operator", "find_operator", "load_operators", "xf"]
 
 _LIBRARY = torch.library.Library("xf", "DEF")
 
@@ -61,6 +61,19 @@ def load_operators() -> dict[str, Operator]:
             _register(operator)
             found[operator.name] = operator
     return found
+
+
+class _Dialect:
+    """The registered operators by name: ``xf.linear`` is the overload that graphs hold."""
+
+    def __getattr__(self, name: str) -> torch._ops.OpOverload:
+        if name.startswith("_") or name not in load_operators():
+            raise AttributeError(f"there is no operator xf.{name}")
+        overload: torch._ops.OpOverload = getattr(torch.ops.xf, name).default
+        return overload
+
+
+xf = _Dialect()
 
 
 def find_operator(target: object) -> Operator | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xformopt.passes.index import (
+from xformopt.pipeline.index import (
     Option,
     PassInfo,
     build_pass,

@@ -110,7 +110,8 @@ class Editor:
         while key in self.program.parameters and self.program.parameters[key] is not value:
             number += 1
             key = f"{name}_{number}"
-        existing = next((n for n in self.program.graph.find_nodes(op="get_attr") if n.target == key), None)
+        reads = self.program.graph.find_nodes(op="get_attr")
+        existing: fx.Node | None = next((n for n in reads if n.target == key), None)
         if existing is not None and key in self.program.parameters:
             return existing
         self.program.parameters[key] = value

@@ -129,9 +129,10 @@ def _export(model: torch.nn.Module, examples: dict[str, torch.Tensor], axes: Axe
         }
     try:
         exported = torch.export.export(model, (), dict(examples), dynamic_shapes=dynamic_shapes, strict=False)
-        return exported.run_decompositions({})
+        plain: torch.export.ExportedProgram = exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(explain_export_failure(model, error)) from error
+    return plain
 
 
 def _forward(model: torch.nn.Module, examples: dict[str, torch.Tensor]) -> object:
@@ -198,7 +199,8 @@ def _name_dimensions(
         if not isinstance(value, torch.Tensor):
             raise CaptureError(f"The input {node.target} is not a tensor; a Program takes tensors only.")
         sizes: list[int | str] = []
-        for axis, size in enumerate(value.shape):
+        traced: tuple[int | torch.SymInt, ...] = tuple(value.shape)
+        for axis, size in enumerate(traced):
             hinted = axes.named.get((str(node.target), axis)) if axes else None
             if isinstance(size, int):
                 if hinted and axes and axes.stated:
@@ -380,4 +382,6 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
 
 def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    # size reads that torch.export adds carry a placeholder for a path
+    return "" if path.startswith("_empty_nn_module_stack") else path

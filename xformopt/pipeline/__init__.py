@@ -3,5 +3,17 @@
 from __future__ import annotations
 
 from xformopt.pipeline.base import Context, Effect, Pass, PassResult, RewritePass, pass_name
+from xformopt.pipeline.run import Lift, Pipeline, PipelineResult, Record
 
-__all__ = ["Context", "Effect", "Pass", "PassResult", "RewritePass", "pass_name"]
+__all__ = [
+    "Context",
+    "Effect",
+    "Lift",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "PipelineResult",
+    "Record",
+    "RewritePass",
+    "pass_name",
+]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from xformopt.program.dims import Dim, Dims, Shape, Size
 from xformopt.program.interpret import infer_value, interpret
 from xformopt.program.program import Input, Level, Output, Program, path_of, shape_of, value_of
+from xformopt.program.sample import example_sizes, sample_inputs, valid_positions
+from xformopt.program.storage import load_program, save_program
 
 __all__ = [
     "Dim",
@@ -15,9 +17,14 @@ __all__ = [
     "Program",
     "Shape",
     "Size",
+    "example_sizes",
     "infer_value",
     "interpret",
+    "load_program",
     "path_of",
+    "sample_inputs",
+    "save_program",
     "shape_of",
+    "valid_positions",
     "value_of",
 ]

@@ -85,6 +85,11 @@ class Dims:
         """Names in declaration order."""
         return tuple(self._dims)
 
+    @property
+    def hints(self) -> dict[str, int]:
+        """A size for every dimension, unequal to each other: those at which shapes are inferred."""
+        return {name: int(size.node.hint) for name, size in self._sizes.items()}
+
     def fake(self, shape: Sequence[int | str], dtype: torch.dtype) -> torch.Tensor:
         """Return a fake tensor whose named sizes are this Program's symbols."""
         sizes = [self._sizes[size] if isinstance(size, str) else size for size in shape]

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Results as the contract's JSON, as a table in the terminal, and as one HTML file."""

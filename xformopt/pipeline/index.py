@@ -1,6 +1,7 @@
 """Find passes by name, and read them with their options as the command line and recipes write them.
 
-Nothing is registered: the file names are the index, and only the pass that is asked for is imported.
+Nothing is registered: the file names are the index, and only the pass that is asked for is imported.  The passes stand
+above the pipeline, so that this file knows their package by its name alone.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import xformopt.passes
 
 from xformopt.errors import PassError, UsageError
 
@@ -35,7 +34,8 @@ __all__ = [
     "pass_files",
 ]
 
-_ENTRY_POINTS = "xformopt.passes"
+_PACKAGE = "xformopt.passes"
+_ENTRY_POINTS = _PACKAGE
 _WRITTEN = re.compile(r"(?P<name>[\w.:-]+)\s*(?:\{(?P<options>.*)\})?", re.DOTALL)
 _ATTRIBUTE = re.compile(r"^ {4}(?P<name>\w+): (?P<doc>.+(?:\n {8}.+)*)", re.MULTILINE)
 
@@ -65,11 +65,12 @@ class PassInfo:
 def pass_files() -> dict[str, list[str]]:
     """Return the modules behind each built-in pass name; one each, unless two families clash."""
     found: dict[str, list[str]] = {}
-    for family in pkgutil.iter_modules(xformopt.passes.__path__):
+    roots = importlib.import_module(_PACKAGE).__path__
+    for family in pkgutil.iter_modules(roots):
         if not family.ispkg:
             continue
-        package = f"{xformopt.passes.__name__}.{family.name}"
-        folders = [f"{path}/{family.name}" for path in xformopt.passes.__path__]
+        package = f"{_PACKAGE}.{family.name}"
+        folders = [f"{path}/{family.name}" for path in roots]
         for module in pkgutil.iter_modules(folders):
             if not module.name.startswith("_"):
                 found.setdefault(module.name.replace("_", "-"), []).append(f"{package}.{module.name}")

@@ -1,0 +1,194 @@
+"""What an ONNX form of an operator is, and the builder its nodes are written with.
+
+``kernels/<operator>/onnx.py`` lists the forms of an operator as ``FORMS``, preferred first; the last one accepts every
+node.  A form may use other xf operators: what it emits with :meth:`Builder.xf` is expanded in turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["CONTRIB", "Builder", "Form", "XfNode", "always"]
+
+# ONNX Runtime's own operators
+CONTRIB = "com.microsoft"
+
+# a size as the builder takes it: known, copied from the input (0), inferred (-1), or a one-element tensor
+SizeLike: TypeAlias = "int | ir.Value"
+
+
+@dataclass(frozen=True)
+class XfNode:
+    """One xf operator in an ONNX graph, with its operands and attributes by the names of its schema."""
+
+    operator: str
+    path: str
+    operands: Mapping[str, ir.Value | None]
+    attributes: Mapping[str, Any]
+    outputs: tuple[ir.Value, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        """Return an operand (None where absent) or an attribute."""
+        return self.operands[name] if name in self.operands else self.attributes[name]
+
+    def shape(self, name: str) -> tuple[int | str, ...]:
+        """Return the shape of an operand: sizes, and expressions in dimension names."""
+        value = self.operands[name]
+        assert value is not None and value.shape is not None, f"{self.operator} has no shape for {name}"
+        return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+
+
+# why a form cannot express a node, or None where it can
+Verdict: TypeAlias = str | None
+
+
+def always(node: XfNode) -> Verdict:
+    """Accept every node."""
+    return None
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write an operator in ONNX.
+
+    Attributes:
+        name: Name in tuning records, ``multi_head_attention``.
+        build: Emits the nodes and returns the value, or the values of an operator with several outputs.
+        accepts: Why the form cannot express a node, or None where it can.
+        is_standard: Whether it uses ONNX's own operators only, which every runtime knows.
+
+    """
+
+    name: str
+    build: Callable[[Builder, XfNode], ir.Value | Sequence[ir.Value]]
+    accepts: Callable[[XfNode], Verdict] = always
+    is_standard: bool = False
+
+
+@dataclass
+class Builder:
+    """Emits ONNX nodes before a given node, under its module path.
+
+    ``derived`` holds the weights computed from others (transposed, reshaped), so that every graph built from one export
+    shares them; they are computed when written, not before.
+    """
+
+    graph: ir.Graph
+    derived: dict[str, ir.TensorProtocol] = field(default_factory=dict)
+    pending: list[ir.Node] = field(default_factory=list)
+    _before: ir.Node | None = None
+    _path: str = ""
+
+    def at(self, node: ir.Node, path: str) -> Builder:
+        """Emit what follows before ``node``, under ``path``; returns self."""
+        self._before, self._path = node, path
+        self.pending = []
+        return self
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """Emit a node and return its output, or the tuple of its ``outputs``; inputs given as None are left out."""
+        import onnx_ir as ir
+
+        assert self._before is not None
+        operands = list(inputs)
+        while operands and operands[-1] is None:
+            operands.pop()
+        given = {key: value for key, value in attributes.items() if value is not None}
+        version = 1 if domain else None
+        node = ir.node(op_type, operands, given, domain=domain, num_outputs=outputs, version=version)
+        node.metadata_props["path"] = self._path
+        self.graph.insert_before(self._before, node)
+        if domain == "xf":
+            self.pending.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def xf(
+        self, operator: str, *inputs: ir.Value | None, like: ir.Value, width: int | None = None, **attributes: Any
+    ) -> Any:
+        """Emit an xf operator whose result has the type and shape of ``like``, but the last axis ``width``."""
+        import onnx_ir as ir
+
+        value = self.op(operator, *inputs, domain="xf", **attributes)
+        assert like.shape is not None
+        sizes = list(like.shape) if width is None else [*list(like.shape)[:-1], width]
+        value.shape, value.type = ir.Shape(sizes), like.type
+        return value
+
+    def constant(self, value: Any, dtype: Any = None) -> ir.Value:
+        """Return a small constant; equal constants are one initializer."""
+        import onnx_ir as ir
+
+        array = np.asarray(value, dtype=dtype)
+        if dtype is None and array.dtype == np.float64:
+            array = array.astype(np.float32)
+        few = "_".join(map(str, array.reshape(-1).tolist()))
+        label = few if array.size <= 8 else hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
+        name = f"constant.{array.dtype}.{'x'.join(map(str, array.shape))}.{label}"
+        return self.graph.initializers.get(name) or self._initializer(name, ir.tensor(array))
+
+    def scalar(self, value: float, like: ir.Value) -> ir.Value:
+        """Return a floating-point constant without axes in the type of ``like``."""
+        assert like.dtype is not None
+        return self.constant(value, like.dtype.numpy())
+
+    def derive(
+        self, source: ir.Value, label: str, shape: Sequence[int], function: Callable[[np.ndarray], np.ndarray]
+    ) -> ir.Value | None:
+        """Return the initializer ``function(source)``, or None when ``source`` is not a constant."""
+        import onnx_ir as ir
+
+        tensor = source.const_value
+        if tensor is None or not source.is_initializer():
+            return None
+        name = f"{source.name}.{label}"
+        if name not in self.derived:
+            self.derived[name] = ir.LazyTensor(
+                lambda: ir.tensor(np.array(function(tensor.numpy()), order="C"), dtype=tensor.dtype),
+                dtype=tensor.dtype,
+                shape=ir.Shape(shape),
+                name=name,
+            )
+        return self.graph.initializers.get(name) or self._initializer(name, self.derived[name])
+
+    def transposed(self, matrix: ir.Value) -> ir.Value:
+        """Return the transpose of a matrix: of a constant beforehand, of anything else at run time."""
+        rows, columns = matrix.shape or (None, None)
+        if isinstance(rows, int) and isinstance(columns, int):
+            constant = self.derive(matrix, "transposed", (columns, rows), lambda array: array.T)
+            if constant is not None:
+                return constant
+        value: ir.Value = self.op("Transpose", matrix, perm=[1, 0])
+        return value
+
+    def reshape(self, value: ir.Value, *sizes: SizeLike) -> ir.Value:
+        """Reshape; a size is a number, 0 (as before at that place), -1 (inferred) or a one-element tensor."""
+        if all(isinstance(size, int) for size in sizes):
+            shape = self.constant(list(sizes), np.int64)
+        else:
+            parts = [self.constant([size], np.int64) if isinstance(size, int) else size for size in sizes]
+            shape = self.op("Concat", *parts, axis=0)
+        reshaped: ir.Value = self.op("Reshape", value, shape)
+        return reshaped
+
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """Return one size of a value as a one-element tensor, a constant where it is known."""
+        known = value.shape[axis] if value.shape is not None else None
+        if isinstance(known, int):
+            return self.constant([known], np.int64)
+        size: ir.Value = self.op("Shape", value, start=axis, end=axis + 1)
+        return size
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        import onnx_ir as ir
+
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+        self.graph.initializers[name] = value
+        return value

@@ -1,0 +1,41 @@
+"""The targets there are, and which of them this machine can use."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+__all__ = ["ARTIFACT_TARGETS", "BASELINES", "Target", "targets"]
+
+BASELINES = ("eager", "inductor")
+ARTIFACT_TARGETS = ("ort-cpu", "openvino-cpu")
+_NEEDS = {"ort-cpu": (("onnxruntime", "onnx", "onnxscript"), "ort"), "openvino-cpu": (("openvino", "onnx"), "openvino")}
+
+
+class Target(NamedTuple):
+    """A target, whether it can be used here, and if not why."""
+
+    name: str
+    available: bool
+    why_not: str
+
+
+def targets() -> list[Target]:
+    """List every target."""
+    return [_describe(name) for name in (*BASELINES, *ARTIFACT_TARGETS)]
+
+
+def _describe(name: str) -> Target:
+    if name == "inductor":
+        import torch._inductor.exc
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except (RuntimeError, torch._inductor.exc.InvalidCxxCompiler):
+            return Target(name, False, "it compiles C++ and no compiler was found: install g++ or clang++")
+    packages, extra = _NEEDS.get(name, ((), ""))
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        return Target(name, False, f'{missing[0]} is not installed: pip install "xformopt[{extra}]"')
+    return Target(name, True, "")

@@ -1,0 +1,223 @@
+"""What ``artifact.json`` holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xformopt.errors import ArtifactError
+from xformopt.program import Program, value_of
+from xformopt.program.text import DTYPE_NAMES
+
+__all__ = [
+    "FORMAT",
+    "DimSpec",
+    "FileEntry",
+    "InputSpec",
+    "Manifest",
+    "OutputSpec",
+    "SessionSettings",
+    "TuningRecord",
+    "hash_file",
+    "precision_of",
+    "read_manifest",
+    "specs_of",
+]
+
+FORMAT = "xformopt/artifact/1"
+FILE_NAME = "artifact.json"
+_PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DimSpec(_Model):
+    """A dynamic dimension and its inclusive range; ``high`` is None when nothing bounds it."""
+
+    name: str
+    low: int
+    high: int | None
+
+
+class InputSpec(_Model):
+    """An input; ``shape`` holds sizes and dimension names, ``bound`` the end of an integer input's range."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    bound: int | None = None
+
+
+class OutputSpec(_Model):
+    """An output; ``shape`` holds sizes and expressions in dimension names, ``mask`` names the input that says what is valid."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    mask: str | None = None
+    mask_means: str = "keep"
+
+
+class SessionSettings(_Model):
+    """What an ONNX Runtime session is told besides its threads."""
+
+    optimization_level: Literal["none", "basic", "extended", "layout", "all"] = "all"
+    disabled_optimizers: tuple[str, ...] = ()
+    inter_op_threads: int | None = None
+    config: dict[str, str] = Field(default_factory=dict)
+
+
+class TuningRecord(_Model):
+    """One form that was tried: its time over that of the form kept until then, or why it was not timed."""
+
+    operator: str
+    form: str
+    ratio: float | None = None
+    relative_l2: float | None = None
+    kept: bool = False
+    note: str = ""
+
+
+class FileEntry(_Model):
+    """One file of the artifact."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(_Model):
+    """All that is known of an artifact."""
+
+    format: str = FORMAT
+    xformopt: str
+    name: str
+    target: str
+    model: str
+    precision: str
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    dims: tuple[DimSpec, ...]
+    session: SessionSettings = SessionSettings()
+    forms: dict[str, str] = Field(default_factory=dict)
+    tuning: tuple[TuningRecord, ...] = ()
+    tuned_at: dict[str, int] = Field(default_factory=dict)
+    fingerprint: str
+    source: str | None = None
+    history: tuple[Any, ...] = ()
+    machine: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+
+
+def specs_of(program: Program) -> dict[str, Any]:
+    """Return the manifest's inputs, outputs and dims of a Program."""
+    outputs = []
+    for spec, node in zip(program.outputs, program.results, strict=True):
+        value = value_of(node)
+        shape = tuple(size if isinstance(size, int) else str(size) for size in program.dims.shape(value))
+        outputs.append(
+            OutputSpec(
+                name=spec.name,
+                dtype=DTYPE_NAMES[value.dtype],
+                shape=shape,
+                mask=spec.mask,
+                mask_means=spec.mask_means,
+            )
+        )
+    return {
+        "inputs": tuple(
+            InputSpec(name=spec.name, dtype=DTYPE_NAMES[spec.dtype], shape=spec.shape, bound=spec.bound)
+            for spec in program.inputs
+        ),
+        "outputs": tuple(outputs),
+        "dims": tuple(DimSpec(name=dim.name, low=dim.low, high=dim.high) for dim in program.dims),
+    }
+
+
+def precision_of(program: Program) -> str:
+    """Name the narrowest floating-point type among the weights, ``fp32`` where there are none."""
+    used = {tensor.dtype for tensor in program.parameters.values() if tensor.dim() > 1}
+    return next((name for dtype, name in reversed(_PRECISIONS.items()) if dtype in used), "fp32")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``artifact.json``.
+
+    Raises:
+        ArtifactError: the folder is no artifact, or one of another version, or the file is damaged.
+
+    """
+    path = folder / FILE_NAME
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} is not an artifact: it has no readable {FILE_NAME} ({error.strerror}). "
+            f"Name a folder that `xformopt optimize` or `xformopt export` wrote."
+        ) from error
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise ArtifactError(_explain(path, content, error)) from error
+    if manifest.format != FORMAT:
+        raise ArtifactError(_of_another_version(path, manifest.format))
+    return manifest
+
+
+def _explain(path: Path, content: bytes, error: ValidationError) -> str:
+    import json
+
+    try:
+        declared = json.loads(content).get("format", "none")
+    except (ValueError, AttributeError):
+        return f"{path} is not valid JSON: it was cut short or edited. Restore it, or write the artifact again."
+    if declared != FORMAT:
+        return _of_another_version(path, declared)
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the top level"
+    return f"{path} is damaged at {where}: {first['msg']}. Restore it, or write the artifact again."
+
+
+def _of_another_version(path: Path, declared: object) -> str:
+    return (
+        f"{path} has the format {declared!r}, and this version of xformopt reads {FORMAT!r}. "
+        f"Write the artifact again with this version, or use the one that wrote it."
+    )
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Return size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return FileEntry(sha256=digest.hexdigest(), bytes=path.stat().st_size)
+
+
+def check_files(folder: Path, files: dict[str, FileEntry], names: Sequence[str] | None = None) -> None:
+    """Compare files with their recorded hashes; all of them, or the named ones.
+
+    Raises:
+        ArtifactError: a file is missing, was changed, or lies outside of the folder.
+
+    """
+    for name in names if names is not None else files:
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+            raise ArtifactError(
+                f"{folder / FILE_NAME} lists {name!r}, which is not a file of its folder. Do not use it."
+            )
+        if not path.is_file():
+            raise ArtifactError(
+                f"{path} is missing, and {FILE_NAME} lists it. Copy the whole folder, or write it again."
+            )
+        found = path.stat().st_size
+        if found != files[name].bytes or hash_file(path) != files[name]:
+            raise ArtifactError(
+                f"{path} was changed after the artifact was written ({found} bytes, {files[name].bytes} recorded; "
+                f"the SHA-256 differs). Restore the file, or write the artifact again."
+            )

@@ -1,0 +1,227 @@
+"""Does a pass still compute the same?  Rewrites are judged where they happened, programs end to end.
+
+End to end alone cannot judge an exact pass: rounding differences grow through a deep or quantized network.  So every
+rewritten region is run in its old and its new form on the values that really reach it, at several shapes and paddings.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from xformopt.errors import XformoptError
+from xformopt.program import Program, example_sizes, interpret, sample_inputs, valid_positions
+from xformopt.program.sample import Padding
+from xformopt.rewrite import Fired, Region
+
+__all__ = ["Case", "Deviation", "edge_cases", "relative_l2", "run_region", "verify_regions"]
+
+# relative L2 between the old and the new form of an exact rewrite, by the precision it runs in
+EXACT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+_LONGEST = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs on which programs are compared."""
+
+    name: str
+    inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A rewrite whose two forms disagree: by how much, on which case, with the values that show it."""
+
+    fired: Fired
+    case: str
+    relative_l2: float
+    values: dict[str, torch.Tensor]
+
+
+def edge_cases(
+    program: Program, calibration: Sequence[Mapping[str, torch.Tensor]] = (), *, seed: int = 0
+) -> list[Case]:
+    """Return the cases every pass is checked on.
+
+    Calibration batches (two at most) and the example; batch 1 at the smallest and the longest sizes (up to 2,048); an
+    odd size at batch 3, padded on either side.  Cases the program itself cannot run are left out.
+    """
+    cases = [Case(f"calibration batch {i}", dict(batch)) for i, batch in enumerate(calibration[:2])]
+    if program.example_inputs:
+        cases.append(Case("the example inputs", dict(program.example_inputs)))
+    shapes: list[tuple[str, dict[str, int], Padding]] = [
+        ("the smallest sizes", {name: program.dims[name].low for name in program.dims.names}, "none"),
+        ("odd sizes, right-padded", _sizes(program, 3, 7), "right"),
+        ("odd sizes, left-padded", _sizes(program, 3, 7), "left"),
+        ("the longest sizes", _sizes(program, 1, _LONGEST), "none"),
+    ]
+    for name, sizes, padding in shapes:
+        inputs = sample_inputs(program, {**example_sizes(program), **sizes}, seed=seed, padding=padding)
+        if _runs(program, inputs):
+            cases.append(Case(name, inputs))
+    return cases
+
+
+def _sizes(program: Program, batch: int, other: int) -> dict[str, int]:
+    wanted = {name: batch if name == "batch" else other for name in program.dims.names}
+    return {name: max(program.dims[name].low, program.dims.largest(name, size)) for name, size in wanted.items()}
+
+
+def _runs(program: Program, inputs: dict[str, torch.Tensor]) -> bool:
+    try:
+        program.bind(inputs)
+        # sizes alone decide whether the graph runs, so shape inference on real (meta) inputs would do; a real run at
+        # the smaller sizes costs little more and also finds an index out of range
+        program.run(inputs)
+    except (XformoptError, RuntimeError, IndexError):
+        return False
+    return True
+
+
+def relative_l2(reference: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None = None) -> float:
+    """Return ``|value - reference| / |reference|`` over valid positions; infinite where a value is not finite.
+
+    Booleans and integers count as 0 or infinity: equal or not.
+    """
+    if reference.shape != value.shape:
+        return float("inf")
+    if not reference.is_floating_point():
+        equal = (reference == value) if valid is None else (reference == value) | ~valid
+        return 0.0 if bool(equal.all()) else float("inf")
+    wanted, have = reference.double(), value.double()
+    # infinities that both forms hold (mask constants) are equal, not different
+    difference = torch.where(wanted == have, 0.0, have - wanted)
+    size = torch.where(wanted.isfinite(), wanted, 0.0)
+    if valid is not None:
+        difference, size = difference * valid, size * valid
+        difference = torch.where(valid.expand_as(difference), difference, 0.0)
+    error, norm = float(difference.norm()), float(size.norm())
+    if error != error:
+        return float("inf")
+    return error / norm if norm else error
+
+
+def run_region(region: Region, values: Mapping[str, Any], *, double: bool = False) -> dict[str, Any]:
+    """Execute a region on named boundary values; returns every value in it by name.
+
+    With ``double``, floating-point values, parameters and casts to float32 are taken in float64.
+    """
+    found: dict[fx.Node, Any] = {}
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.double()
+        return torch.float64 if value is torch.float32 else value
+
+    with torch.no_grad():
+        for node in region.graph.nodes:
+            if node.op == "placeholder":
+                value = values[str(node.target)]
+            elif node.op == "get_attr":
+                value = region.parameters[str(node.target)]
+            elif node.op == "output":
+                break
+            else:
+                args = fx.map_arg(node.args, found.__getitem__)
+                kwargs = fx.map_arg(node.kwargs, found.__getitem__)
+                kwargs = {k: widen(v) for k, v in kwargs.items()} if double else kwargs
+                value = node.target(*args, **kwargs)
+            found[node] = widen(value) if double else value
+    return {str(node.meta["name"]): value for node, value in found.items()}
+
+
+def verify_regions(program: Program, fired: Sequence[Fired], case: Case) -> tuple[Deviation | None, float]:
+    """Run ``program`` (the pass's input) on a case, checking each rewrite as soon as its boundary values exist.
+
+    Returns:
+        The first deviation beyond the tolerance of its precision, if any, and the largest relative L2 met.
+    """
+    checker = _Checker(program, fired, case)
+    interpret(program, case.inputs, observe=checker.observe)
+    return checker.deviation, checker.worst
+
+
+class _Checker:
+    """Holds boundary values just long enough to run every region once."""
+
+    def __init__(self, program: Program, fired: Sequence[Fired], case: Case) -> None:
+        self.program = program
+        self.case = case
+        self.deviation: Deviation | None = None
+        self.worst = 0.0
+        self.values: dict[str, Any] = {}
+        self.readers: Counter[str] = Counter()
+        self.waiting: dict[str, list[int]] = defaultdict(list)
+        self.missing: dict[int, int] = {}
+        self.fired = fired
+        for index, rewrite in enumerate(fired):
+            names = set(rewrite.before.inputs) | set(rewrite.after.inputs)
+            self.missing[index] = len(names)
+            for name in names:
+                self.readers[name] += 1
+                self.waiting[name].append(index)
+
+    def observe(self, node: fx.Node, value: Any) -> None:
+        """Take a value of the program, and run what was waiting for it."""
+        self._arrive(node.name, value)
+
+    def _arrive(self, name: str, value: Any) -> None:
+        if not self.readers[name] or name in self.values:
+            return
+        self.values[name] = value
+        for index in self.waiting.pop(name, []):
+            self.missing[index] -= 1
+            if not self.missing[index]:
+                self._check(self.fired[index])
+
+    def _check(self, rewrite: Fired) -> None:
+        before = run_region(rewrite.before, self.values)
+        after = run_region(rewrite.after, self.values)
+        if self.deviation is None:
+            self._compare(rewrite, before, after)
+        names = set(rewrite.before.inputs) | set(rewrite.after.inputs)
+        for name, value in after.items():
+            if name not in names:
+                self._arrive(name, value)
+        for name in names:
+            self.readers[name] -= 1
+            if not self.readers[name]:
+                del self.values[name]
+
+    def _compare(self, rewrite: Fired, before: dict[str, Any], after: dict[str, Any]) -> None:
+        error = self._error(rewrite, before, after)
+        self.worst = max(self.worst, error if error != float("inf") else 0.0)
+        if error <= self._tolerance(rewrite, before):
+            return
+        # an ill-conditioned region rounds more than that in either form: in float64 the two must still agree
+        wide = self._error(
+            rewrite,
+            run_region(rewrite.before, self.values, double=True),
+            run_region(rewrite.after, self.values, double=True),
+        )
+        if wide <= EXACT_TOLERANCE[torch.float32] and error < 1e-3:
+            return
+        names = {*rewrite.before.inputs, *rewrite.after.inputs}
+        tensors = {n: self.values[n] for n in names if isinstance(self.values[n], torch.Tensor)}
+        self.deviation = Deviation(rewrite, self.case.name, error, tensors)
+
+    def _error(self, rewrite: Fired, before: dict[str, Any], after: dict[str, Any]) -> float:
+        metas = {str(node.meta["name"]): node.meta["val"] for node in rewrite.before.graph.nodes if node.op != "output"}
+        worst = 0.0
+        for old, new in zip(rewrite.before.outputs, rewrite.after.outputs, strict=True):
+            if not isinstance(before[old], torch.Tensor):
+                worst = max(worst, 0.0 if before[old] == after[new] else float("inf"))
+                continue
+            valid = valid_positions(self.program, metas[old], self.case.inputs)
+            worst = max(worst, relative_l2(before[old], after[new], valid))
+        return worst
+
+    def _tolerance(self, rewrite: Fired, before: dict[str, Any]) -> float:
+        dtypes = [before[name].dtype for name in rewrite.before.outputs if isinstance(before[name], torch.Tensor)]
+        return max((EXACT_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
