@@ -252,13 +252,20 @@ class _Checker:
         metas = {str(node.meta["name"]): node.meta["val"] for node in rewrite.before.graph.nodes if node.op != "output"}
         worst = 0.0
         for old, new in zip(rewrite.before.outputs, rewrite.after.outputs, strict=True):
-            if not isinstance(before[old], torch.Tensor):
-                worst = max(worst, 0.0 if before[old] == after[new] else float("inf"))
-                continue
-            valid = valid_positions(self.program, metas[old], self.case.inputs)
-            worst = max(worst, relative_l2(before[old], after[new], valid))
+            for meta, one, other in zip(*map(_parts, (metas[old], before[old], after[new])), strict=True):
+                if not isinstance(one, torch.Tensor):
+                    worst = max(worst, 0.0 if one == other else float("inf"))
+                    continue
+                valid = valid_positions(self.program, meta, self.case.inputs)
+                worst = max(worst, relative_l2(one, other, valid))
         return worst
 
     def _tolerance(self, rewrite: Fired, before: dict[str, Any]) -> float:
-        dtypes = [before[name].dtype for name in rewrite.before.outputs if isinstance(before[name], torch.Tensor)]
+        outputs = [part for name in rewrite.before.outputs for part in _parts(before[name])]
+        dtypes = [value.dtype for value in outputs if isinstance(value, torch.Tensor)]
         return max((EXACT_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return the results of an operator that has several, or the one it has."""
+    return list(value) if isinstance(value, list | tuple) else [value]
