@@ -197,10 +197,14 @@ class Builder:
         return None if size.const_value is None else int(size.const_value.numpy().item())
 
     def size(self, value: ir.Value, axis: int) -> ir.Value:
-        """Return one size of a value as a one-element tensor, a constant where it is known."""
+        """Return one size of a value as a one-element tensor: a constant or an input's size where that is known."""
         known = value.shape[axis] if value.shape is not None else None
         if isinstance(known, int):
             return self.constant([known], np.int64)
+        for given in self.graph.inputs:
+            for place, size in enumerate(given.shape or ()):
+                if known is not None and size == known:
+                    return self.op("Shape", given, start=place, end=place + 1)
         return self.op("Shape", value, start=axis, end=axis + 1)
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:

@@ -13,6 +13,7 @@ from xformopt.errors import LoweringError
 from xformopt.kernels.definition import load_operators
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
 from xformopt.lowering.onnx_export import Exported
+from xformopt.lowering.onnx_flatten import flatten_tokens
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -144,8 +145,9 @@ def _clean_up(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     common.CommonSubexpressionEliminationPass()(model)
-    common.RemoveUnusedNodesPass()(model)
     _keep_residuals_apart(model.graph)
+    flatten_tokens(model.graph)
+    common.RemoveUnusedNodesPass()(model)
     _name_nodes(model.graph)
     imports = {"": model.opset_imports[""]}
     imports.update({node.domain: 1 for node in model.graph if node.domain})
