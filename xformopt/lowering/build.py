@@ -12,7 +12,7 @@ import torch
 
 from xformopt.errors import LoweringError, UsageError
 from xformopt.lowering.artifact import Artifact, copy_extra, hash_files, open_session
-from xformopt.lowering.manifest import Manifest, SessionSettings, TuningRecord, precision_of, specs_of
+from xformopt.lowering.manifest import FILE_NAME, Manifest, SessionSettings, TuningRecord, precision_of, specs_of
 from xformopt.lowering.onnx_export import export_onnx
 from xformopt.lowering.onnx_files import write_onnx
 from xformopt.lowering.onnx_forms import build_graph, forms_of
@@ -111,6 +111,7 @@ def lower_program(
         files=hash_files(folder),
         **specs_of(program),
     )
+    (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     artifact = Artifact(manifest, folder, captured=captured, owner=owner)
     progress("comparing with the eager program", 2, 3)
     _check_parity(artifact, program, inputs, expected, tolerance)
