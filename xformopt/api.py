@@ -227,7 +227,7 @@ def bench(
     candidates: Sequence[Artifact | Model],
     inputs: Mapping[str, Any] | None = None,
     *,
-    targets: Iterable[str] = (),
+    targets: Iterable[str] | None = (),
     recipe: str | Path | None = "exact",
     batch: int | None = None,
     length: int | None = None,
@@ -244,7 +244,8 @@ def bench(
         candidates: Artifacts, artifact directories, ``.onnx`` files and names of targets; and at most one model, the
             original.  Without one, the original is that of the first artifact.
         inputs: Arrays or tensors by input name; None draws them at ``batch`` and ``length``.
-        targets: Further names of targets.  Baselines run the original; any other gets it by way of ``recipe``.
+        targets: Further names of targets.  Baselines run the original; any other gets it by way of ``recipe``.  None
+            chooses: eager wherever the original is known, and ort-cpu where nothing else is named.
         recipe: See ``targets``.
         batch: Where inputs are drawn; that of the example where left out.
         length: The same of the length.

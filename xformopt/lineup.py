@@ -65,7 +65,7 @@ class Lineup:
 
 def sort_candidates(
     items: Sequence[Artifact | Model],
-    further_targets: Iterable[str] = (),
+    further_targets: Iterable[str] | None = (),
     *,
     trust_remote_code: bool = False,
     length: int | None = None,
@@ -78,11 +78,10 @@ def sort_candidates(
 
     """
     known = {target.name for target in targets()}
-    lineup = Lineup()
     wanted = [item for item in items if isinstance(item, str) and item in known]
-    for target in dict.fromkeys([*wanted, *further_targets]):
+    for target in (*wanted, *(further_targets or ())):
         check_target(target)
-        (lineup.baselines if target in BASELINES else lineup.lowered).append(target)
+    lineup = Lineup()
     for item in items:
         if isinstance(item, str) and item in known:
             continue
@@ -98,6 +97,10 @@ def sort_candidates(
             lineup.original = capture_original(item, trust_remote_code=trust_remote_code, length=length)  # type: ignore[arg-type]
     if lineup.original is None:
         lineup.original = _held_by(lineup.kept)
+    if further_targets is None and lineup.original is not None:
+        further_targets = ("eager",) if lineup.candidates else ("eager", "ort-cpu")
+    for target in dict.fromkeys([*wanted, *(further_targets or ())]):
+        (lineup.baselines if target in BASELINES else lineup.lowered).append(target)
     return lineup
 
 
