@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xformopt.errors import OutputError
 
-__all__ = ["staged_directory", "write_atomically"]
+__all__ = ["check_output", "staged_directory", "staged_file", "write_atomically"]
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -43,6 +43,54 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
             _sync(path.parent)
         finally:
             staged.unlink(missing_ok=True)
+
+
+def check_output(path: str | Path, overwrite: bool = False, *, marker: str | None = "artifact.json") -> None:
+    """Find out before long work whether `path` could be written; nothing is written.
+
+    Args:
+        path: The file or directory to be.
+        overwrite: Whether what exists there may be replaced.
+        marker: As for `staged_directory`, of a directory; None: `path` is to be a file.
+
+    Raises:
+        OutputError: What writing would raise, as far as that can be known now.
+
+    """
+    path = _resolved(Path(path))
+    if marker is None and path.is_dir():
+        raise OutputError(f"cannot write the file {path}: it is a directory. Name a file inside it, or another path.")
+    _check_replaceable(path, overwrite, marker)
+    nearest = next(parent for parent in path.parents if parent.exists())
+    if not nearest.is_dir():
+        raise OutputError(_under_a_file(path, nearest))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(_not_writable(path, errno.EACCES))
+
+
+@contextlib.contextmanager
+def staged_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a path of the same name in a folder of its own; what lies there when the block ends is moved beside `path`.
+
+    So a file and its companions (external data, `<name>.data`) arrive together, the file itself last.
+
+    Raises:
+        OutputError: `path` exists without `overwrite`, is a directory, cannot be written, or the disk is full.
+
+    """
+    path = _resolved(Path(path))
+    check_output(path, overwrite, marker=None)
+    with _parents_of(path), _told_clearly(path):
+        staged = _beside(path)
+        try:
+            staged.mkdir()
+            yield staged / path.name
+            _sync_tree(staged)
+            for file in sorted(staged.iterdir(), key=lambda file: file.name == path.name):
+                os.replace(file, path.with_name(file.name))
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -111,9 +159,7 @@ def _parents_of(path: Path) -> Iterator[None]:
                 if parent.is_dir():
                     continue
                 if parent.exists():
-                    raise OutputError(
-                        f"cannot write {path}: {parent} is a file, not a directory. Name a path under a directory."
-                    )
+                    raise OutputError(_under_a_file(path, parent))
                 parent.mkdir(exist_ok=True)
                 made.append(parent)
         yield
@@ -140,11 +186,19 @@ def _told_clearly(path: Path) -> Iterator[None]:
                 "Free some space, or name a path on another disk."
             ) from error
         if code in _NOT_WRITABLE and _concerns(error, path.parent):
-            raise OutputError(
-                f"cannot write {path}: {os.strerror(code)}. "
-                "Name a path that you may write to, or change the permissions of its folder."
-            ) from error
+            raise OutputError(_not_writable(path, code)) from error
         raise
+
+
+def _under_a_file(path: Path, parent: Path) -> str:
+    return f"cannot write {path}: {parent} is a file, not a directory. Name a path under a directory."
+
+
+def _not_writable(path: Path, code: int) -> str:
+    return (
+        f"cannot write {path}: {os.strerror(code)}. "
+        "Name a path that you may write to, or change the permissions of its folder."
+    )
 
 
 def _concerns(error: Exception, folder: Path) -> bool:

@@ -289,6 +289,8 @@ class _Builder:
             return self._inline(kind, args)
         if kind == "pad" and (len(args) < 3 or args[2] == "constant"):
             return self._pad(node, args)
+        if kind == "baddbmm":
+            return self._add_product(node, args, kwargs)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
                 f"The model uses {kind} at {_module_path(node) or 'its top level'}: control flow inside the graph is "
@@ -309,6 +311,15 @@ class _Builder:
             return args[0]
         value = args[3] if len(args) > 3 and args[3] is not None else 0
         return self._create(node, torch.ops.aten.constant_pad_nd.default, (args[0], amounts, value), {})
+
+    def _add_product(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        # baddbmm cannot be inferred where its first operand broadcasts over sizes that vary
+        product, total = self._create(node, torch.ops.aten.bmm.default, args[1:3], {}), args[0]
+        if (alpha := kwargs.get("alpha", 1)) != 1:
+            product = self._create(node, torch.ops.aten.mul.Tensor, (product, alpha), {})
+        if (beta := kwargs.get("beta", 1)) != 1:
+            total = self._create(node, torch.ops.aten.mul.Tensor, (total, beta), {})
+        return self._create(node, torch.ops.aten.add.Tensor, (total, product), {})
 
     def _infer(self, created: fx.Node, source: fx.Node) -> Any:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xformopt.program import Program, value_of
+from xformopt.program import Program, Shape, value_of
 
 __all__ = ["MOVEMENT", "Probe", "constant_factor", "is_movement", "movement_chain", "operator_name", "scaled_chain"]
 
@@ -91,9 +91,12 @@ class Probe:
         return self.concrete(value_of(node).shape)
 
     def concrete(self, shape: Any) -> tuple[int, ...]:
-        """Evaluate a symbolic shape."""
-        dims = self.program.dims
-        return tuple(dims.evaluate(dims.expression(size), self.sizes) for size in shape)
+        """Evaluate the shape of a fake tensor."""
+        return self.sizes_of(tuple(self.program.dims.expression(size) for size in shape))
+
+    def sizes_of(self, shape: Shape) -> tuple[int, ...]:
+        """Evaluate a shape in dimension names."""
+        return tuple(self.program.dims.evaluate(size, self.sizes) for size in shape)
 
     def positions(self, node: fx.Node) -> torch.Tensor:
         """Number the elements of a node's value in row-major order."""
