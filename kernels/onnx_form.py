@@ -39,10 +39,17 @@ class XfNode:
         """Return an operand (None where absent) or an attribute."""
         return self.operands[name] if name in self.operands else self.attributes[name]
 
+    def size(self, name: str, axis: int) -> int:
+        """Return a size of an operand that is known."""
+        size = self.shape(name)[axis]
+        assert isinstance(size, int)
+        return size
+
     def shape(self, name: str) -> tuple[int | str, ...]:
         """Return the shape of an operand: sizes, and expressions in dimension names."""
         value = self.operands[name]
-        assert value is not None and value.shape is not None, f"{self.operator} has no shape for {name}"
+        assert value is not None
+        assert value.shape is not None, f"{self.operator} has no shape for {name}"
         return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
 
 
@@ -93,8 +100,14 @@ class Builder:
         self.pending = []
         return self
 
-    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
-        """Emit a node and return its output, or the tuple of its ``outputs``; inputs given as None are left out."""
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Emit a node and return its output; inputs and attributes given as None are left out."""
+        return self.ops(op_type, *inputs, domain=domain, outputs=1, **attributes)[0]
+
+    def ops(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """Emit a node with several outputs and return them."""
         import onnx_ir as ir
 
         assert self._before is not None
@@ -108,11 +121,11 @@ class Builder:
         self.graph.insert_before(self._before, node)
         if domain == "xf":
             self.pending.append(node)
-        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+        return tuple(node.outputs)
 
     def xf(
         self, operator: str, *inputs: ir.Value | None, like: ir.Value, width: int | None = None, **attributes: Any
-    ) -> Any:
+    ) -> ir.Value:
         """Emit an xf operator whose result has the type and shape of ``like``, but the last axis ``width``."""
         import onnx_ir as ir
 
@@ -165,30 +178,40 @@ class Builder:
             constant = self.derive(matrix, "transposed", (columns, rows), lambda array: array.T)
             if constant is not None:
                 return constant
-        value: ir.Value = self.op("Transpose", matrix, perm=[1, 0])
-        return value
+        return self.op("Transpose", matrix, perm=[1, 0])
 
     def reshape(self, value: ir.Value, *sizes: SizeLike) -> ir.Value:
         """Reshape; a size is a number, 0 (as before at that place), -1 (inferred) or a one-element tensor."""
-        if all(isinstance(size, int) for size in sizes):
-            shape = self.constant(list(sizes), np.int64)
+        known = [self._known(size) for size in sizes]
+        if None not in known:
+            shape = self.constant(known, np.int64)
         else:
             parts = [self.constant([size], np.int64) if isinstance(size, int) else size for size in sizes]
             shape = self.op("Concat", *parts, axis=0)
-        reshaped: ir.Value = self.op("Reshape", value, shape)
-        return reshaped
+        return self.op("Reshape", value, shape)
+
+    @staticmethod
+    def _known(size: SizeLike) -> int | None:
+        if isinstance(size, int):
+            return size
+        return None if size.const_value is None else int(size.const_value.numpy().item())
 
     def size(self, value: ir.Value, axis: int) -> ir.Value:
-        """Return one size of a value as a one-element tensor, a constant where it is known."""
+        """Return one size of a value as a one-element tensor: a constant or an input's size where that is known."""
         known = value.shape[axis] if value.shape is not None else None
         if isinstance(known, int):
             return self.constant([known], np.int64)
-        size: ir.Value = self.op("Shape", value, start=axis, end=axis + 1)
-        return size
+        for given in self.graph.inputs:
+            for place, size in enumerate(given.shape or ()):
+                if known is not None and size == known:
+                    return self.op("Shape", given, start=place, end=place + 1)
+        return self.op("Shape", value, start=axis, end=axis + 1)
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         import onnx_ir as ir
 
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+        value = ir.Value(
+            name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+        )
         self.graph.initializers[name] = value
         return value

@@ -7,7 +7,23 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-__all__ = ["arguments", "is_call", "is_returned", "operand", "readers"]
+from xformopt.kernels.definition import load_operators
+from xformopt.rewrite import Editor
+
+__all__ = ["arguments", "call_with", "is_call", "is_returned", "operand", "readers", "xf"]
+
+
+class _Dialect:
+    """The operators of the xf dialect by name, registered when the first is asked for."""
+
+    def __getattr__(self, name: str) -> torch._ops.OpOverload:
+        operators = load_operators()
+        if name not in operators:
+            raise AttributeError(f"there is no operator xf.{name}")
+        return operators[name].overload
+
+
+xf = _Dialect()
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -21,6 +37,16 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         else:
             found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
     return found
+
+
+def call_with(editor: Editor, node: fx.Node, **changes: Any) -> fx.Node:
+    """Call the torch operator of ``node`` again with some arguments changed; what was positional stays so."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    positional = [changes.get(name, value) for name, value in zip(names, node.args, strict=False)]
+    rest = set(names[len(positional) :])
+    keywords: dict[str, Any] = {**node.kwargs, **{name: value for name, value in changes.items() if name in rest}}
+    return editor.call(node.target, *positional, **keywords)
 
 
 def operand(node: fx.Node, index: int = 0) -> fx.Node:

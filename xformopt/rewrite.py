@@ -93,8 +93,8 @@ class Editor:
         """Insert an operator node and return it; ``target`` is a torch operator overload or a Python function."""
         assert self._root is not None
         with self.program.graph.inserting_before(self._root):
-            label = name or getattr(target, "_opname", None)
-            node = self.program.graph.create_node("call_function", target, args, kwargs, name=label)
+            named = name or getattr(target, "_opname", None)
+            node = self.program.graph.create_node("call_function", target, args, kwargs, name=named)
         try:
             node.meta["val"] = infer_value(self.program, node)
         except Exception:
@@ -110,7 +110,8 @@ class Editor:
         while key in self.program.parameters and self.program.parameters[key] is not value:
             number += 1
             key = f"{name}_{number}"
-        existing = next((n for n in self.program.graph.find_nodes(op="get_attr") if n.target == key), None)
+        reads = self.program.graph.find_nodes(op="get_attr")
+        existing: fx.Node | None = next((n for n in reads if n.target == key), None)
         if existing is not None and key in self.program.parameters:
             return existing
         self.program.parameters[key] = value
@@ -214,8 +215,7 @@ def trace_region(program: Program, outputs: Sequence[fx.Node], boundary: Iterabl
     inputs: list[str] = []
     parameters: dict[str, torch.Tensor] = {}
     # the graph's order is the execution order; inputs first, as a graph of its own needs it
-    members = [node for node in program.graph.nodes if node in cone]
-    for node in sorted(members, key=lambda n: not (n in stop or n.op == "placeholder")):
+    for node in sorted(cone, key=lambda n: (n not in stop and n.op != "placeholder", n)):
         if node in stop or node.op == "placeholder":
             copied[node] = graph.create_node("placeholder", node.name, name=node.name)
             inputs.append(node.name)

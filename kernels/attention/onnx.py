@@ -1,7 +1,7 @@
 """ONNX forms of ``xf.attention``.
 
-A query that sees no key gets zeros from ``matmul_softmax``, as the definition says.  The fused operators give it some finite
-value instead; such a query is padding wherever the key mask is the padding mask of the same sequence.
+A query that sees no key gets zeros from ``matmul_softmax``, as the definition says.  The fused operators give it some
+finite value instead; such a query is padding wherever the key mask is the padding mask of the same sequence.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def attention(b: Builder, node: XfNode) -> ir.Value:
 
 
 def multi_head_attention(b: Builder, node: XfNode) -> ir.Value:
-    """ONNX Runtime's fused operator; key/value heads are repeated for it, positions it has no flag for become a bias."""
+    """ONNX Runtime's fused operator: key/value heads are repeated for it, other positions than causal become a bias."""
     k, v = _repeated(b, node)
     key_mask = node["key_mask"]
     is_causal = _is_plainly_causal(node)
@@ -131,9 +131,7 @@ FORMS = (
 
 
 def _depth(node: XfNode, name: str) -> int:
-    width = node.shape(name)[-1]
-    assert isinstance(width, int)
-    return width // int(node["kv_heads"])
+    return node.size(name, -1) // int(node["kv_heads"])
 
 
 def _hidden(node: XfNode) -> float:
@@ -165,8 +163,7 @@ def _repeated(b: Builder, node: XfNode) -> tuple[ir.Value, ir.Value]:
 
 
 def _split_heads(b: Builder, value: ir.Value, heads: int, depth: int, perm: list[int]) -> ir.Value:
-    split: ir.Value = b.op("Transpose", b.reshape(value, 0, 0, heads, depth), perm=perm)
-    return split
+    return b.op("Transpose", b.reshape(value, 0, 0, heads, depth), perm=perm)
 
 
 def _positions(b: Builder, node: XfNode) -> ir.Value | None:
@@ -195,7 +192,7 @@ def _visible(b: Builder, node: XfNode) -> ir.Value | None:
     positions, key_mask = _positions(b, node), node["key_mask"]
     if key_mask is None:
         return positions
-    keys: ir.Value = b.op("Unsqueeze", key_mask, b.constant([1, 2], np.int64))
+    keys = b.op("Unsqueeze", key_mask, b.constant([1, 2], np.int64))
     return keys if positions is None else b.op("And", keys, positions)
 
 
@@ -231,5 +228,4 @@ def _added(b: Builder, node: XfNode, visible: ir.Value | None) -> ir.Value | Non
 def _over_pairs(b: Builder, node: XfNode, value: ir.Value) -> ir.Value:
     """Expand the last two axes to queries and keys: the fused operators do not broadcast them."""
     sizes = b.op("Concat", b.constant([1, 1], np.int64), b.size(node["q"], 1), b.size(node["k"], 1), axis=0)
-    expanded: ir.Value = b.op("Expand", value, sizes)
-    return expanded
+    return b.op("Expand", value, sizes)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xformopt.kernels.onnx_form import CONTRIB, Builder, Form, Verdict, XfNode
+from xformopt.kernels.onnx_form import Builder, Form, Verdict, XfNode
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["FORMS"]
+
+
+def gemm(b: Builder, node: XfNode) -> ir.Value:
+    """Gemm over all positions as one matrix."""
+    return _gemm(b, node, b.transposed(node["weight"]))
+
+
+def shared_weight(b: Builder, node: XfNode) -> ir.Value:
+    """Gemm on the weight as it is, ``[O, I]``, so that a tied embedding is stored once."""
+    return _gemm(b, node, node["weight"], transB=1)
 
 
 def matmul(b: Builder, node: XfNode) -> ir.Value:
@@ -18,36 +28,26 @@ def matmul(b: Builder, node: XfNode) -> ir.Value:
     return product if node["bias"] is None else b.op("Add", product, node["bias"])
 
 
-def gemm(b: Builder, node: XfNode) -> ir.Value:
-    """Gemm over all positions as one matrix."""
-    x, (rows, columns) = node["x"], node.shape("weight")
-    assert isinstance(rows, int) and isinstance(columns, int)
-    leading = len(node.shape("x")) - 1
+def _gemm(b: Builder, node: XfNode, weight: ir.Value, transB: int = 0) -> ir.Value:
+    x, leading = node["x"], len(node.shape("x")) - 1
+    rows, columns = node.size("weight", 0), node.size("weight", 1)
     flat = x if leading == 1 else b.reshape(x, -1, columns)
-    product: ir.Value = b.op("Gemm", flat, b.transposed(node["weight"]), node["bias"])
-    if leading == 1:
-        return product
-    return b.reshape(product, *(_size(b, node, axis) for axis in range(leading)), rows)
+    product = b.op("Gemm", flat, weight, node["bias"], transB=transB)
+    return product if leading == 1 else b.reshape(product, *(b.size(x, axis) for axis in range(leading)), rows)
 
 
-def _size(b: Builder, node: XfNode, axis: int) -> int | ir.Value:
-    known = node.shape("x")[axis]
-    return known if isinstance(known, int) else b.size(node["x"], axis)
-
-
-def shared_weight(b: Builder, node: XfNode) -> ir.Value:
-    """FusedMatMul on the weight as it is, ``[O, I]``, so that a tied embedding is stored once."""
-    product = b.op("FusedMatMul", node["x"], node["weight"], domain=CONTRIB, transB=1)
-    return product if node["bias"] is None else b.op("Add", product, node["bias"])
+def _is_flattened(node: XfNode) -> Verdict:
+    known = len(node.shape("x")) > 1 and all(isinstance(size, int) for size in node.shape("weight"))
+    return None if known else "it wants a matrix and a weight of known size"
 
 
 def _has_shared_weight(node: XfNode) -> Verdict:
     readers = {use.node.op_type for use in node["weight"].uses()}
-    return None if readers - {"linear", "linear_activation"} else "the weight has no other reader"
+    return _is_flattened(node) if readers - {"linear", "linear_activation"} else "the weight has no other reader"
 
 
 FORMS = (
+    Form("shared_weight", shared_weight, _has_shared_weight, is_standard=True),
+    Form("gemm", gemm, _is_flattened, is_standard=True),
     Form("matmul", matmul, is_standard=True),
-    Form("gemm", gemm, is_standard=True),
-    Form("shared_weight", shared_weight, _has_shared_weight),
 )

@@ -18,8 +18,7 @@ def apart(b: Builder, node: XfNode) -> ir.Value:
     """The linear layer, then the activation."""
     like = node.outputs[0]
     linear = b.xf("linear", node["x"], node["weight"], node["bias"], like=like)
-    activated: ir.Value = b.xf("activation", linear, like=like, function=node["function"])
-    return activated
+    return b.xf("activation", linear, like=like, function=node["function"])
 
 
 def biased_activation(b: Builder, node: XfNode) -> ir.Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from xformopt.kernels.onnx_form import Builder, Form, Verdict, XfNode
@@ -15,16 +14,15 @@ __all__ = ["FORMS"]
 
 def convolution(b: Builder, node: XfNode) -> ir.Value:
     """A convolution whose stride is its kernel."""
-    width, _, *patch = node.shape("weight")
-    assert isinstance(width, int)
+    patch = [node.size("weight", 2), node.size("weight", 3)]
     tokens = b.op("Conv", node["image"], node["weight"], node["bias"], kernel_shape=patch, strides=patch)
-    return b.op("Transpose", b.reshape(tokens, 0, width, -1), perm=[0, 2, 1])
+    return b.op("Transpose", b.reshape(tokens, 0, node.size("weight", 0), -1), perm=[0, 2, 1])
 
 
 def matmul(b: Builder, node: XfNode) -> ir.Value:
     """The patches cut out, then one matrix product."""
-    width, channels, rows, columns = _sizes(node, "weight")
-    height, breadth = _sizes(node, "image")[-2:]
+    width, channels, rows, columns = (node.size("weight", axis) for axis in range(4))
+    height, breadth = node.size("image", 2), node.size("image", 3)
     size = channels * rows * columns
     cut = b.reshape(node["image"], 0, channels, height // rows, rows, breadth // columns, columns)
     patches = b.op("Transpose", cut, perm=[0, 2, 4, 1, 3, 5])
@@ -34,19 +32,13 @@ def matmul(b: Builder, node: XfNode) -> ir.Value:
     return product if node["bias"] is None else b.op("Add", product, node["bias"])
 
 
-def _sizes(node: XfNode, name: str) -> list[int]:
-    return [size if isinstance(size, int) else 0 for size in node.shape(name)]
-
-
 def _is_whole(node: XfNode) -> Verdict:
     if node["weight"].const_value is None:
         return "the weight is not a constant"
-    image, weight = node.shape("image"), node.shape("weight")
-    if not all(isinstance(size, int) for size in image[1:]):
+    if not all(isinstance(size, int) for size in node.shape("image")[2:]):
         return "the image's size is dynamic"
-    (_, _, height, breadth), (_, _, rows, columns) = _sizes(node, "image"), _sizes(node, "weight")
-    divides = math.prod(weight[1:]) and not height % rows and not breadth % columns  # type: ignore[arg-type]
-    return None if divides else "the patches do not fill the image"
+    rests = [node.size("image", axis) % node.size("weight", axis) for axis in (2, 3)]
+    return "the patches do not fill the image" if any(rests) else None
 
 
 FORMS = (

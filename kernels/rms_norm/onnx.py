@@ -19,8 +19,7 @@ def rms_normalization(b: Builder, node: XfNode) -> ir.Value:
     weight = _weight(b, node)
 
     def normalize(parts: ir.Value) -> ir.Value:
-        value: ir.Value = b.op("RMSNormalization", parts, weight, axis=-1, epsilon=node["eps"])
-        return value
+        return b.op("RMSNormalization", parts, weight, axis=-1, epsilon=node["eps"])
 
     return in_groups(b, node, normalize)
 
@@ -32,19 +31,17 @@ def formula(b: Builder, node: XfNode) -> ir.Value:
     def normalize(parts: ir.Value) -> ir.Value:
         mean = b.op("ReduceMean", b.op("Mul", parts, parts), b.constant([-1], np.int64), keepdims=1)
         root = b.op("Sqrt", b.op("Add", mean, b.scalar(node["eps"], node["x"])))
-        normalized: ir.Value = b.op("Div", parts, root)
+        normalized = b.op("Div", parts, root)
         return normalized if weight is None else b.op("Mul", normalized, weight)
 
     return in_groups(b, node, normalize)
 
 
 def _weight(b: Builder, node: XfNode) -> ir.Value:
-    width = node.shape("x")[-1]
-    assert isinstance(width, int)
-    if node["weight"] is not None:
-        weight: ir.Value = node["weight"]
+    weight: ir.Value | None = node["weight"]
+    if weight is not None:
         return weight
-    return b.constant(np.ones(width // node["groups"], node["x"].dtype.numpy()))
+    return b.constant(np.ones(node.size("x", -1) // node["groups"], node["x"].dtype.numpy()))
 
 
 FORMS = (

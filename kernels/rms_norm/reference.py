@@ -20,6 +20,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float,
         ``[..., C]``.
 
     """
-    parts = x.unflatten(-1, (groups, -1))
+    parts: torch.Tensor = x.unflatten(-1, (groups, -1))
     normalized = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)
     return (normalized if weight is None else normalized * weight).flatten(-2)

@@ -15,8 +15,7 @@ __all__ = ["FORMS"]
 
 def rotary_embedding(b: Builder, node: XfNode) -> ir.Value:
     """The standard operator; it wants the angles of every sequence."""
-    x, half = node["x"], node.shape("cos")[-1]
-    assert isinstance(half, int)
+    x, half = node["x"], node.size("cos", -1)
     cos, sin = (_for_batch(b, node, node[name]) for name in ("cos", "sin"))
     is_whole = 2 * half * node["heads"] == node.shape("x")[-1]
     return b.op(
@@ -34,8 +33,7 @@ def _for_batch(b: Builder, node: XfNode, angles: ir.Value) -> ir.Value:
     if node.shape("cos")[0] == node.shape("x")[0]:
         return angles
     ones = b.constant([1, 1], np.int64)
-    expanded: ir.Value = b.op("Expand", angles, b.op("Concat", b.size(node["x"], 0), ones, axis=0))
-    return expanded
+    return b.op("Expand", angles, b.op("Concat", b.size(node["x"], 0), ones, axis=0))
 
 
 def _takes_angles(node: XfNode) -> Verdict:
@@ -50,8 +48,7 @@ def _takes_angles(node: XfNode) -> Verdict:
 def formula(b: Builder, node: XfNode) -> ir.Value:
     """The definition: halves or pairs, turned."""
     x, heads = node["x"], node["heads"]
-    width, half = node.shape("x")[-1], node.shape("cos")[-1]
-    assert isinstance(width, int) and isinstance(half, int)
+    width, half = node.size("x", -1), node.size("cos", -1)
     depth, axis = width // heads, b.constant([2], np.int64)
     cos, sin = (b.op("Unsqueeze", node[name], axis) for name in ("cos", "sin"))  # [B or 1, T, 1, R / 2]
     parts = b.reshape(x, 0, 0, heads, depth)
@@ -77,8 +74,8 @@ def formula(b: Builder, node: XfNode) -> ir.Value:
 
 
 def _split(b: Builder, value: ir.Value, left: int, right: int) -> tuple[ir.Value, ir.Value]:
-    parts: tuple[ir.Value, ir.Value] = b.op("Split", value, b.constant([left, right], np.int64), outputs=2, axis=-1)
-    return parts
+    first, second = b.ops("Split", value, b.constant([left, right], np.int64), outputs=2, axis=-1)
+    return first, second
 
 
 FORMS = (

@@ -36,7 +36,8 @@ def program() -> Program:
 def test_round_trip_keeps_text_weights_and_examples(program: Program, tmp_path: Path) -> None:
     save_program(program, tmp_path / "saved")
     loaded = load_program(tmp_path / "saved")
-    assert str(loaded) == str(program) and loaded.fingerprint == program.fingerprint
+    assert str(loaded) == str(program)
+    assert loaded.fingerprint == program.fingerprint
     assert torch.equal(loaded.example_inputs["x"], program.example_inputs["x"])
     x = program.example_inputs
     assert torch.equal(loaded.run(x)["y"], program.run(x)["y"])
@@ -55,7 +56,8 @@ def test_views_of_one_storage_are_stored_apart(program: Program, tmp_path: Path)
     program.parameters["first.w"], program.parameters["second.w"] = whole[:4], whole[2:6]
     save_program(program, tmp_path / "saved")
     loaded = load_program(tmp_path / "saved").parameters
-    assert torch.equal(loaded["first.w"], whole[:4]) and torch.equal(loaded["second.w"], whole[2:6])
+    assert torch.equal(loaded["first.w"], whole[:4])
+    assert torch.equal(loaded["second.w"], whole[2:6])
 
 
 def test_an_existing_folder_is_kept(program: Program, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xformopt.errors import UsageError
 from xformopt.kernels.definition import find_operator
-from xformopt.program import Program, path_of
+from xformopt.program import Program, example_sizes, path_of
 from xformopt.program.text import BUILTINS, target_name
 
-__all__ = ["Cost", "NodeCost", "cost", "example_sizes", "operator_name"]
+__all__ = ["Cost", "NodeCost", "cost", "operator_name"]
 
 # operations an element of the result, by the conventions of the xf operators that compute the same
 _PER_ELEMENT = {"gelu": 8, "silu": 8, "softmax": 8, "layer_norm": 8, "native_layer_norm": 8, "rms_norm": 4}
@@ -87,12 +87,6 @@ def cost(program: Program, sizes: Mapping[str, int] | None = None) -> Cost:
         by_node=by_node,
         sizes=chosen,
     )
-
-
-def example_sizes(program: Program) -> dict[str, int]:
-    """Return the sizes that the example inputs give to the dimensions; the least possible where there is none."""
-    sizes = {dim.name: dim.low for dim in program.dims}
-    return sizes | (program.bind(program.example_inputs) if program.example_inputs else {})
 
 
 def operator_name(target: object) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xformopt.match import arguments, is_call, operand
+from xformopt.match import arguments, call_with, is_call, operand
 from xformopt.program import value_of
 from xformopt.rewrite import Editor, Reject
 
@@ -183,19 +183,6 @@ def count_axes_from_left(editor: Editor, node: fx.Node) -> fx.Node | None:
     if not rank or any(_is_negative(axes) for axes in counted.values()):
         return None
     return call_with(editor, node, **counted)
-
-
-def call_with(editor: Editor, node: fx.Node, **changes: Any) -> fx.Node:
-    """Call the operator of ``node`` again with some arguments changed, positional as far as the schema allows."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    args: list[Any] = []
-    kwargs: dict[str, Any] = dict(node.kwargs)
-    for index, argument in enumerate(node.target._schema.arguments):
-        if index < len(node.args):
-            args.append(changes.get(argument.name, node.args[index]))
-        elif argument.name in changes and changes[argument.name] != argument.default_value:
-            kwargs[argument.name] = changes[argument.name]
-    return editor.call(node.target, *args, **kwargs)
 
 
 def _is_negative(axes: object) -> bool:

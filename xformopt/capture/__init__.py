@@ -70,10 +70,11 @@ def capture_source(
 
     from xformopt.capture.exporter import capture_exported, capture_module
     from xformopt.capture.resolve import ArtifactDirectory, resolve
-    from xformopt.program import load_program
 
     found = resolve(model, trust_remote_code=trust_remote_code, dtype=dtype, length=length)
     if isinstance(found, ArtifactDirectory):
+        from xformopt.program import load_program
+
         return load_program(found.path / "program"), None
     if isinstance(found, torch.export.ExportedProgram):
         return capture_exported(found, None, None, None, Path(model).stem), None

@@ -63,10 +63,12 @@ def _default_axes(examples: Mapping[str, torch.Tensor]) -> dict[str, dict[int, s
             axes[name][1] = "length"
     lengths = {examples[name].shape[1] for name, found in axes.items() if 1 in found}
     if len(lengths) > 1:
-        # inputs of different lengths (encoder and decoder) vary apart
+        # inputs of different lengths (encoder and decoder) vary apart, each with its own mask
+        owners: dict[int, str] = {}
         for name, found in axes.items():
             if 1 in found:
-                found[1] = f"{name}_length"
+                owner = owners.setdefault(examples[name].shape[1], name)
+                found[1] = f"{owner}_length"
     return axes
 
 

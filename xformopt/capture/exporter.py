@@ -129,9 +129,10 @@ def _export(model: torch.nn.Module, examples: dict[str, torch.Tensor], axes: Axe
         }
     try:
         exported = torch.export.export(model, (), dict(examples), dynamic_shapes=dynamic_shapes, strict=False)
-        return exported.run_decompositions({})
+        plain: torch.export.ExportedProgram = exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(explain_export_failure(model, error)) from error
+    return plain
 
 
 def _forward(model: torch.nn.Module, examples: dict[str, torch.Tensor]) -> object:
@@ -198,7 +199,8 @@ def _name_dimensions(
         if not isinstance(value, torch.Tensor):
             raise CaptureError(f"The input {node.target} is not a tensor; a Program takes tensors only.")
         sizes: list[int | str] = []
-        for axis, size in enumerate(value.shape):
+        traced: tuple[int | torch.SymInt, ...] = tuple(value.shape)
+        for axis, size in enumerate(traced):
             hinted = axes.named.get((str(node.target), axis)) if axes else None
             if isinstance(size, int):
                 if hinted and axes and axes.stated:
@@ -287,6 +289,8 @@ class _Builder:
             return self._inline(kind, args)
         if kind == "pad" and (len(args) < 3 or args[2] == "constant"):
             return self._pad(node, args)
+        if kind == "baddbmm":
+            return self._add_product(node, args, kwargs)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
                 f"The model uses {kind} at {_module_path(node) or 'its top level'}: control flow inside the graph is "
@@ -307,6 +311,15 @@ class _Builder:
             return args[0]
         value = args[3] if len(args) > 3 and args[3] is not None else 0
         return self._create(node, torch.ops.aten.constant_pad_nd.default, (args[0], amounts, value), {})
+
+    def _add_product(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        # baddbmm cannot be inferred where its first operand broadcasts over sizes that vary
+        product, total = self._create(node, torch.ops.aten.bmm.default, args[1:3], {}), args[0]
+        if (alpha := kwargs.get("alpha", 1)) != 1:
+            product = self._create(node, torch.ops.aten.mul.Tensor, (product, alpha), {})
+        if (beta := kwargs.get("beta", 1)) != 1:
+            total = self._create(node, torch.ops.aten.mul.Tensor, (total, beta), {})
+        return self._create(node, torch.ops.aten.add.Tensor, (total, product), {})
 
     def _infer(self, created: fx.Node, source: fx.Node) -> Any:
         try:

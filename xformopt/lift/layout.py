@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import sympy
 import torch
 from torch import fx
 
 from xformopt.kernels.definition import xf
 from xformopt.lift.probe import Probe, constant_factor, movement_chain, operator_name, scaled_chain
-from xformopt.program import value_of
+from xformopt.program import Shape, shape_of, value_of
 from xformopt.rewrite import Editor
 
 __all__ = ["Heads", "find_heads", "merge_heads", "split_heads", "take_channels"]
@@ -50,7 +51,7 @@ class Heads:
 
 
 def find_heads(
-    probe: Probe, node: fx.Node, *, transposed: bool = False, lead: tuple[int, ...] = (), scaled: bool = False
+    probe: Probe, node: fx.Node, *, transposed: bool = False, lead: Shape = (), scaled: bool = False
 ) -> Heads | None:
     """Find the earliest three-dimensional value whose channels the heads of ``node`` are.
 
@@ -58,10 +59,11 @@ def find_heads(
         probe: Of the program.
         node: ``[..., T, D]`` with batch and heads in front, in whatever number of axes.
         transposed: ``node`` is ``[..., D, T]``.
-        lead: Leading shape to which ``node`` is broadcast (heads shared by a product), as concrete sizes.
+        lead: Leading shape to which ``node`` is broadcast (heads shared by a product).
         scaled: Look through products with numbers, and return their product as the factor.
     """
     chain = scaled_chain(node) if scaled else movement_chain(node)
+    groups = math.prod(lead or shape_of(probe.program, node)[:-2])
     for source in reversed(chain):
         if not isinstance(source.meta.get("val"), torch.Tensor) or value_of(source).dim() != 3:
             continue
@@ -69,8 +71,12 @@ def find_heads(
         if moved is None:
             return None
         moved = moved.transpose(-1, -2) if transposed else moved
-        moved = moved.expand(*lead, *moved.shape[-2:]) if lead else moved
+        moved = moved.expand(*probe.sizes_of(lead), *moved.shape[-2:]) if lead else moved
         for time_first in (False, True):
+            batch = shape_of(probe.program, source)[1 if time_first else 0]
+            # a batch that is spread over equal copies of one value would count as heads
+            if not (sympy.sympify(groups) / sympy.sympify(batch)).is_Integer:
+                continue
             channels = _channels(moved, probe.shape(source), time_first)
             if channels is not None:
                 between = chain[: chain.index(source)]

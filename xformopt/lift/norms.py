@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from xformopt.kernels.definition import xf
 from xformopt.lift.layout import split_heads
 from xformopt.lift.probe import Probe, is_movement, movement_chain, operator_name
-from xformopt.program import value_of
+from xformopt.program import shape_of, value_of
 from xformopt.rewrite import Editor, Reject
 
 __all__ = ["absorb_affine", "lift_norm", "lift_written_norm", "merge_norm_heads"]
@@ -23,14 +25,18 @@ def lift_norm(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
     if node.target in _NORMS or name not in ("layer_norm", "rms_norm"):
         return None
     x, shape, *rest = node.args
-    if len(shape) != 1:  # type: ignore[arg-type]
-        return Reject(f"the norm is over {len(shape)} axes")  # type: ignore[arg-type]
+    assert isinstance(x, fx.Node)
+    assert isinstance(shape, list | tuple)
+    if len(shape) != 1:
+        return Reject(f"the norm is over {len(shape)} axes")
     if name == "layer_norm":
-        weight, bias, eps = (*rest[:3], *(None, None, 1e-5)[len(rest[:3]) :])
-        return editor.call(xf.layer_norm, x, weight, bias, eps=eps)
-    weight, eps = (*rest[:2], *(None, None)[len(rest[:2]) :])
-    eps = eps if eps is not None else torch.finfo(value_of(x).dtype).eps  # type: ignore[arg-type]
-    return editor.call(xf.rms_norm, x, weight, eps=eps)
+        given = dict(zip(("weight", "bias", "eps"), rest, strict=False))
+        return editor.call(xf.layer_norm, x, given.get("weight"), given.get("bias"), eps=given.get("eps", 1e-5))
+    given = dict(zip(("weight", "eps"), rest, strict=False))
+    eps = given.get("eps")
+    return editor.call(
+        xf.rms_norm, x, given.get("weight"), eps=torch.finfo(value_of(x).dtype).eps if eps is None else eps
+    )
 
 
 def lift_written_norm(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -67,7 +73,7 @@ def lift_written_norm(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _is_inverse_root(node: object) -> bool:
-    return operator_name(node) == "pow" and isinstance(node, fx.Node) and node.args[1] == -0.5
+    return operator_name(node) == "pow" and isinstance(node, fx.Node) and bool(node.args[1] == -0.5)
 
 
 def _plus_epsilon(editor: Editor, node: object) -> tuple[fx.Node, float] | None:
@@ -115,11 +121,12 @@ def _variance_of(node: fx.Node) -> fx.Node | None:
             biased = True
         keep = node.kwargs.get("keepdim", node.args[3] if len(node.args) > 3 else False)
         axes = node.args[1] if len(node.args) > 1 else None
-        rank = value_of(node.args[0]).dim()  # type: ignore[arg-type]
-        return node.args[0] if biased and keep and axes in ([-1], [rank - 1]) else None  # type: ignore[return-value]
+        subject = node.args[0]
+        assert isinstance(subject, fx.Node)
+        return subject if biased and keep and axes in ([-1], [value_of(subject).dim() - 1]) else None
     deviation = _mean_square(node)
     if operator_name(deviation) == "sub" and _mean_of(deviation.args[1]) is deviation.args[0]:  # type: ignore[union-attr]
-        return deviation.args[0]  # type: ignore[union-attr, return-value]
+        return deviation.args[0]  # type: ignore[union-attr]
     return None
 
 
@@ -133,11 +140,12 @@ def absorb_affine(editor: Editor, node: fx.Node) -> fx.Node | None:
             continue
         if not isinstance(vector, fx.Node) or not _is_vector_parameter(editor, vector, norm):
             continue
+        attributes: dict[str, Any] = dict(norm.kwargs)
         if name == "mul" and len(norm.args) == 1:
-            return editor.call(norm.target, norm.args[0], vector, **norm.kwargs)
+            return editor.call(norm.target, norm.args[0], vector, **attributes)
         if name == "add" and norm.target is _NORMS[0] and len(norm.args) < 3:
             weight = norm.args[1] if len(norm.args) > 1 else None
-            return editor.call(norm.target, norm.args[0], weight, vector, **norm.kwargs)
+            return editor.call(norm.target, norm.args[0], weight, vector, **attributes)
     return None
 
 
@@ -157,15 +165,16 @@ def merge_norm_heads(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     probe = Probe(editor.program)
     for axis in (1, 2):
-        heads = value_of(x).shape[axis]
-        if isinstance(heads, torch.SymInt):
+        heads = shape_of(editor.program, x)[axis]
+        if not isinstance(heads, int):
             continue
         # [B, H, T, D] as it is, or [B, T, H, D] turned so
         source = _source_of_heads(editor, probe, x, axis)
         if source is None:
             continue
-        merged = editor.call(node.target, source, *node.args[1:], **{**node.kwargs, "groups": int(heads)})
-        parts = split_heads(editor, merged, int(heads))
+        attributes: dict[str, Any] = {**node.kwargs, "groups": heads}
+        merged = editor.call(node.target, source, *node.args[1:], **attributes)
+        parts = split_heads(editor, merged, heads)
         return parts if axis == 1 else editor.call(aten.transpose.int, parts, 1, 2)
     return None
 

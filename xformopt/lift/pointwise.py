@@ -23,6 +23,8 @@ _POINTWISE = frozenset(
 # a formula ends in one of these; anything else cannot be the last step of an activation
 _LAST = frozenset(("mul", "div", "gelu", "silu", "relu", "clamp_min", "clamp"))
 _MAX_STEPS = 14
+# where clamps act; a square or a cube of it is still a number in every dtype but float16
+_FAR = torch.tensor([20.0, 60.0, 250.0, 1e3, 1e4])
 
 
 def lift_activation(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -75,12 +77,15 @@ def _identify(editor: Editor, node: fx.Node, source: fx.Node) -> tuple[fx.Node, 
     if tuple(value_of(source).shape) != tuple(value_of(node).shape) or value_of(source).dtype != value_of(node).dtype:
         return None
     # beyond |x| = 12 every activation is its asymptote; the middle tells exact and approximate GELU apart
-    grid = torch.cat([torch.linspace(-12, 12, 4001), torch.linspace(-0.1, 0.1, 501)]).double()
-    known = Probe(editor.program).run(node, {source: grid.to(value_of(source).dtype)}, _is_pointwise)
+    grid = torch.cat([torch.linspace(-12, 12, 4001), torch.linspace(-0.1, 0.1, 501), _FAR, -_FAR])
+    grid = grid.to(value_of(source).dtype)
+    known = Probe(editor.program).run(node, {source: grid}, _is_pointwise)
     if not isinstance(known, torch.Tensor) or known.shape != grid.shape:
         return None
     for name, function in FUNCTIONS.items():
-        if torch.allclose(known.double(), function(grid), rtol=2e-6, atol=2e-6):
+        # relu rounds nothing, and a clamp at 1e-9 (a guard against division by zero) is not one
+        close = 0.0 if name == "relu" else 2e-6
+        if torch.allclose(known.double(), function(grid.double()), rtol=close, atol=close):
             return source, name
     return None
 

@@ -45,6 +45,8 @@ def _not_patches(convolution: fx.Node, weight: tuple[int | torch.SymInt, ...]) -
         return f"the stride {_pair(stride)} is not the kernel size {tuple(weight[2:])}: patches overlap or leave gaps"
     if padding not in (0, [0, 0], [0], "valid") or _pair(dilation) != (1, 1) or groups != 1:
         return "the convolution pads, dilates or has groups"
+    if operator_name(convolution) != "conv2d" and convolution.args[6]:
+        return "the convolution is transposed"
     return ""
 
 
@@ -69,6 +71,8 @@ def lift_mean_pool(editor: Editor, node: fx.Node) -> fx.Node | None:
     assert isinstance(count, fx.Node)
     eps = count.args[1] if len(count.args) > 1 else count.kwargs.get("min")
     product, weights = total.args[0], count.args[0]
+    if len(count.args) > 2 or count.kwargs.get("max") is not None:
+        return None
     if not isinstance(eps, float | int) or operator_name(product) != "mul" or operator_name(weights) != "sum":
         return None
     if not all(_sums_tokens(part) for part in (total, weights)):  # type: ignore[arg-type]
@@ -84,6 +88,8 @@ def lift_mean_pool(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 def _sums_tokens(node: fx.Node) -> bool:
     axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if (len(node.args) > 2 and node.args[2]) or node.kwargs.get("keepdim"):
+        return False
     return axes in ([1], 1, [-2]) and value_of(node.args[0]).dim() == 3  # type: ignore[arg-type]
 
 

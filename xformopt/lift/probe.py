@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xformopt.program import Program, value_of
+from xformopt.program import Program, Shape, value_of
 
 __all__ = ["MOVEMENT", "Probe", "constant_factor", "is_movement", "movement_chain", "operator_name", "scaled_chain"]
 
@@ -38,7 +38,7 @@ def operator_name(node: object) -> str:
 
 
 def is_movement(node: object) -> bool:
-    """Whether a node only moves elements of its first argument (a cast to the same dtype moves them too)."""
+    """Whether a node only moves elements of its first argument (a cast to the same dtype and a fixed choice do)."""
     name = operator_name(node)
     if name in ("_to_copy", "to"):
         assert isinstance(node, fx.Node)
@@ -46,6 +46,10 @@ def is_movement(node: object) -> bool:
     if name == "dropout":
         assert isinstance(node, fx.Node)
         return not (len(node.args) > 2 and node.args[2])
+    if name in ("index", "index_select"):
+        assert isinstance(node, fx.Node)
+        chosen = node.all_input_nodes[1:]
+        return all(index.op == "get_attr" and value_of(index).dtype == torch.int64 for index in chosen)
     return name in MOVEMENT
 
 
@@ -87,9 +91,12 @@ class Probe:
         return self.concrete(value_of(node).shape)
 
     def concrete(self, shape: Any) -> tuple[int, ...]:
-        """Evaluate a symbolic shape."""
-        dims = self.program.dims
-        return tuple(dims.evaluate(dims.expression(size), self.sizes) for size in shape)
+        """Evaluate the shape of a fake tensor."""
+        return self.sizes_of(tuple(self.program.dims.expression(size) for size in shape))
+
+    def sizes_of(self, shape: Shape) -> tuple[int, ...]:
+        """Evaluate a shape in dimension names."""
+        return tuple(self.program.dims.evaluate(size, self.sizes) for size in shape)
 
     def positions(self, node: fx.Node) -> torch.Tensor:
         """Number the elements of a node's value in row-major order."""

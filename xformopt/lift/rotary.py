@@ -39,10 +39,13 @@ def _is_partial(user: fx.Node, rotated: fx.Node) -> bool:
 def _lift_partial(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
     parts = node.args[0]
     axis = node.args[1] if len(node.args) > 1 else 0
-    if len(parts) != 2 or axis not in (-1, 3) or operator_name(parts[0]) != "add":  # type: ignore[arg-type, index]
+    assert isinstance(parts, list | tuple)
+    if len(parts) != 2 or axis not in (-1, 3) or operator_name(parts[0]) != "add":
         return None
-    rotated, kept = parts  # type: ignore[misc]
-    terms = _read_sum(editor, rotated)  # type: ignore[has-type]
+    rotated, kept = parts
+    assert isinstance(rotated, fx.Node)
+    assert isinstance(kept, fx.Node)
+    terms = _read_sum(editor, rotated)
     if terms is None:
         return None
     probe = Probe(editor.program)
@@ -50,7 +53,7 @@ def _lift_partial(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
     for whole in movement_chain(terms[0])[1:]:
         if not isinstance(whole.meta.get("val"), torch.Tensor) or value_of(whole).shape[-1] != width:
             continue
-        first, rest = probe.moved(terms[0], whole), probe.moved(kept, whole)  # type: ignore[has-type]
+        first, rest = probe.moved(terms[0], whole), probe.moved(kept, whole)
         if first is not None and rest is not None and torch.equal(torch.cat([first, rest], -1), probe.positions(whole)):
             return _emit(editor, node, *terms, whole=whole)
     return Reject("the features that are not rotated do not follow those that are")
@@ -100,9 +103,9 @@ def _emit(
 ) -> fx.Node | Reject:
     """Rotate ``whole``, which is ``[B, H, T, D]`` or ``[B, T, H, D]``, on the value its heads come from."""
     probe = Probe(editor.program)
-    heads, head_axis = find_heads(probe, whole), 1
+    heads, head_axis = find_heads(probe, whole, scaled=True), 1
     if heads is None:
-        heads, head_axis = find_heads(probe, editor.call(aten.transpose.int, whole, 1, 2)), 2
+        heads, head_axis = find_heads(probe, editor.call(aten.transpose.int, whole, 1, 2), scaled=True), 2
     if heads is None:
         return Reject("the rotated value is not the heads of a [B, T, C] value")
     tables = [_half_table(editor, table, interleaved, head_axis) for table in (cos, sin)]
@@ -112,6 +115,9 @@ def _emit(
     rope = xf.rope
     turned = editor.call(rope, merged, *tables, heads=heads.count, interleaved=interleaved)
     parts = split_heads(editor, turned, heads.count)
+    if heads.factor != 1.0:
+        # a rotation is linear: what scales queries before it does so after it
+        parts = editor.call(aten.mul.Tensor, parts, heads.factor)
     return parts if head_axis == 1 else editor.call(aten.transpose.int, parts, 1, 2)
 
 
@@ -125,10 +131,36 @@ def _half_table(editor: Editor, table: fx.Node, interleaved: bool, head_axis: in
         elif value_of(source).dim() != 3 or not _inserts_axis(editor, table, source, head_axis):
             continue
         if _repeats(editor, source, interleaved):
-            width = int(value_of(source).shape[-1])
-            end, step = (width, 2) if interleaved else (width // 2, 1)
-            return editor.call(aten.slice.Tensor, source, 2, 0, end, step)
-    return Reject("no table of half the width")
+            return _first_of_pairs(editor, source, interleaved)
+    if value_of(table).dim() != 4 or value_of(table).shape[head_axis] != 1:
+        return Reject("no table for all heads")
+    if not _spreads(editor, table, interleaved) and not _repeats(editor, table, interleaved):
+        return Reject("no table of half the width")
+    return _first_of_pairs(editor, editor.call(aten.select.int, table, head_axis, 0), interleaved)
+
+
+def _first_of_pairs(editor: Editor, table: fx.Node, interleaved: bool) -> fx.Node:
+    width = int(value_of(table).shape[-1])
+    end, step = (width, 2) if interleaved else (width // 2, 1)
+    return editor.call(aten.slice.Tensor, table, 2, 0, end, step)
+
+
+def _spreads(editor: Editor, table: fx.Node, interleaved: bool) -> bool:
+    """Whether ``table`` only moves a smaller one, each element of which goes to both features of a pair."""
+    roots, pending = set[fx.Node](), [table]
+    while pending:
+        node = pending.pop()
+        if operator_name(node) in ("cat", "stack"):
+            pending.extend(node.all_input_nodes)
+        elif is_movement(node):
+            pending.append(node.all_input_nodes[0])
+        else:
+            roots.add(node)
+    if len(roots) != 1 or not isinstance((root := roots.pop()).meta.get("val"), torch.Tensor):
+        return False
+    probe = Probe(editor.program)
+    moved = probe.run(table, {root: probe.positions(root)}, _moves_with_sign)
+    return isinstance(moved, torch.Tensor) and _in_pairs(moved, interleaved)
 
 
 def _inserts_axis(editor: Editor, table: fx.Node, source: fx.Node, axis: int) -> bool:
@@ -148,6 +180,10 @@ def _repeats(editor: Editor, table: fx.Node, interleaved: bool) -> bool:
     values = probe.run(table, known)
     if not isinstance(values, torch.Tensor):
         return False
+    return _in_pairs(values, interleaved)
+
+
+def _in_pairs(values: torch.Tensor, interleaved: bool) -> bool:
     half = values.shape[-1] // 2
     first, second = (values[..., 0::2], values[..., 1::2]) if interleaved else (values[..., :half], values[..., half:])
     return torch.equal(first, second)

@@ -12,22 +12,29 @@ from xformopt.rewrite import Editor, Reject
 
 __all__ = [
     "add_bias",
+    "drop_empty_parts",
     "lift_einsum",
     "lift_linear",
     "restore_rows",
     "split_linear",
     "undo_movement",
-    "view_as_reshape",
 ]
 
 aten = torch.ops.aten
 
 
-def view_as_reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
-    """``view`` demands a memory layout, which a rewrite of its producer may change; ``reshape`` does not."""
-    if operator_name(node) not in ("view", "_unsafe_view") or node.target is aten.view.dtype:
+def drop_empty_parts(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """Empty parts of a ``cat`` are left out."""
+    if operator_name(node) != "cat" or len(node.all_input_nodes) != len(node.args[0]):  # type: ignore[arg-type]
         return None
-    return editor.call(aten.reshape.default, *node.args)
+    parts = node.all_input_nodes
+    axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    filled = [
+        part for part in parts if value_of(part).dim() == value_of(node).dim() and value_of(part).shape[axis] != 0
+    ]
+    if not filled or len(filled) == len(parts):
+        return None
+    return filled[0] if len(filled) == 1 else editor.call(aten.cat.default, filled, axis)
 
 
 def lift_einsum(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
@@ -108,7 +115,7 @@ def add_bias(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 def restore_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
     """Undo flattening and transposing of rows around a linear layer: it acts on the last axis alone."""
-    if not _ends_chain(node):
+    if not is_movement(node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     chain = movement_chain(node)
     linear = chain[-1]

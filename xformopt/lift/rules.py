@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xformopt.kernels.definition import load_operators
+from xformopt.canonical import CANONICAL_RULES
 from xformopt.lift import norms, pointwise, pooling, rotary, rows
 from xformopt.lift.attention import LiftAttention
 from xformopt.program import Program
@@ -13,9 +13,9 @@ __all__ = ["lifting_rules"]
 
 def lifting_rules(program: Program) -> tuple[Rule, ...]:
     """Return the rules that bring a captured ``program`` to the lifted level."""
-    load_operators()
     return (
-        rows.view_as_reshape,
+        *CANONICAL_RULES,
+        rows.drop_empty_parts,
         rows.lift_einsum,
         rows.lift_linear,
         rows.add_bias,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from xformopt.program import Program, load_program, save_program
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Artifact", "Session", "load_artifact"]
+__all__ = ["Artifact", "Session", "Workspace", "copy_extra", "load_artifact"]
 
 _PROGRAM = "program"
 _NUMPY = {"f64": "float64", "f32": "float32", "f16": "float16", "bool": "bool", "u8": "uint8"} | {
@@ -44,6 +45,14 @@ class Session(Protocol):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once."""
         ...
+
+
+class Workspace:
+    """A private folder that vanishes with this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="xformopt-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 class Artifact:
@@ -63,11 +72,11 @@ class Artifact:
         *,
         captured: Program | None = None,
         threads: int | None = None,
-        owner: tempfile.TemporaryDirectory[str] | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         self.manifest, self.folder, self.captured, self.threads = manifest, folder, captured, threads
         # the private folder lives as long as this object
-        self._owner = owner
+        self._workspace = workspace
 
     @property
     def target(self) -> str:
@@ -148,9 +157,9 @@ class Artifact:
 
         """
         with staged_directory(path, overwrite, marker=FILE_NAME) as staged:
-            for name in self.manifest.files:
+            for name in _files_under(self.folder):
                 if program or not name.startswith(f"{_PROGRAM}/"):
-                    _copy(self.folder / name, staged / name)
+                    self._place(name, staged)
             if program and self.captured is not None and not (staged / _PROGRAM).exists():
                 save_program(self.captured, staged / _PROGRAM)
             for name, text in (documents or {}).items():
@@ -158,6 +167,18 @@ class Artifact:
             manifest = self.manifest.model_copy(update={"files": hash_files(staged)})
             (staged / FILE_NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         return Artifact(manifest, Path(path).expanduser().resolve(), captured=self.captured, threads=self.threads)
+
+    def _place(self, name: str, staged: Path) -> None:
+        source, destination = self.folder / name, staged / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        if self._workspace is not None:
+            # nobody else sees the private folder, so its files may be shared instead of copied
+            try:
+                os.link(source, destination)
+                return
+            except OSError:
+                pass
+        shutil.copyfile(source, destination)
 
 
 def load_artifact(path: str | Path, *, threads: int | None = None, verify: bool = True) -> Artifact:
@@ -203,9 +224,12 @@ def open_session(target: str, path: Path, manifest: Manifest, threads: int | Non
 
 def hash_files(folder: Path) -> dict[str, FileEntry]:
     """Return every file under ``folder`` by its relative name, but the manifest."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: hash_file(path) for name, path in names.items() if name != FILE_NAME}
+    return {name: hash_file(folder / name) for name in _files_under(folder)}
+
+
+def _files_under(folder: Path) -> list[str]:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [name for name in names if name != FILE_NAME]
 
 
 def copy_extra(files: tuple[Path, ...], folder: Path) -> None:
@@ -223,11 +247,6 @@ def copy_extra(files: tuple[Path, ...], folder: Path) -> None:
         if (folder / file.name).exists() or file.name in (FILE_NAME, _PROGRAM):
             raise OutputError(f"{file} has the name of one of the artifact's own files. Rename it, or leave it out.")
         shutil.copyfile(file, folder / file.name)
-
-
-def _copy(source: Path, destination: Path) -> None:
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(os.path.realpath(source), destination)
 
 
 def _check_inputs(manifest: Manifest, given: Mapping[str, np.ndarray]) -> None:

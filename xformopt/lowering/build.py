@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,19 @@ from typing import Any
 import torch
 
 from xformopt.errors import LoweringError, UsageError
-from xformopt.lowering.artifact import Artifact, copy_extra, hash_files, open_session
-from xformopt.lowering.manifest import FILE_NAME, Manifest, SessionSettings, TuningRecord, precision_of, specs_of
+from xformopt.kernels.definition import find_operator
+from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
+from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
+from xformopt.lowering.manifest import Manifest, SessionSettings, precision_of, specs_of
 from xformopt.lowering.onnx_export import export_onnx
 from xformopt.lowering.onnx_files import write_onnx
 from xformopt.lowering.onnx_forms import build_graph, forms_of
 from xformopt.lowering.openvino import require_openvino
 from xformopt.lowering.ort_session import require_onnxruntime
 from xformopt.lowering.reference import TOLERANCE, largest_gap, reference_inputs
-from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
 from xformopt.lowering.tuning import Progress, Tuned, choose_forms
 from xformopt.measure.machine import describe_machine
-from xformopt.program import Program
+from xformopt.program import Level, Program
 from xformopt.program.storage import save_tensors
 
 __all__ = ["lower_program"]
@@ -86,8 +86,8 @@ def lower_program(
             seconds=tuning_seconds,
             progress=progress,
         )
-    owner = tempfile.TemporaryDirectory(prefix="xformopt-")
-    folder = Path(owner.name)
+    workspace = Workspace()
+    folder = workspace.path
     progress("writing", 1, 3)
     write_onnx(build_graph(exported, tuned.forms, standard_only=is_standard), folder / _MODEL)
     (folder / "program.txt").write_text(str(program), encoding="utf-8")
@@ -108,11 +108,11 @@ def lower_program(
         source=source,
         history=tuple(history),
         machine=describe_machine().to_dict(),
-        files=hash_files(folder),
         **specs_of(program),
     )
-    (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    artifact = Artifact(manifest, folder, captured=captured, owner=owner)
+    if captured is None and program.level == Level.CAPTURED:
+        captured = program
+    artifact = Artifact(manifest, folder, captured=captured, workspace=workspace)
     progress("comparing with the eager program", 2, 3)
     _check_parity(artifact, program, inputs, expected, tolerance)
     progress("lowered", 3, 3)
@@ -131,7 +131,7 @@ def _check_target(target: str) -> None:
 
 
 def _forms_used(program: Program, tuned: Tuned) -> dict[str, str]:
-    operators = {node.target._opname for node in program.nodes() if getattr(node.target, "namespace", "") == "xf"}
+    operators = {operator.name for node in program.nodes() if (operator := find_operator(node.target))}
     return {op: tuned.forms.get(op, forms_of(op)[0].name) for op in sorted(operators)} | tuned.forms
 
 
@@ -147,7 +147,7 @@ def _check_parity(
     if not gap <= tolerance:
         sizes = ", ".join(f"{dim}={size}" for dim, size in program.bind(inputs).items())
         raise LoweringError(
-            f"Lowered to {artifact.target}, {program.name} computes something else: the output {name!r} differs from the "
-            f"eager program by {gap:.1e} (relative L2, at {sizes or 'its only size'}), where {tolerance:.0e} is allowed. "
-            f"This is a fault of a form or of the runtime; please report it with program.txt."
+            f"Lowered to {artifact.target}, {program.name} computes something else: the output {name!r} differs from "
+            f"the eager program by {gap:.1e} (relative L2, at {sizes or 'its only size'}), where {tolerance:.0e} is "
+            f"allowed. This is a fault of a form or of the runtime; please report it with program.txt."
         )

@@ -56,7 +56,7 @@ class InputSpec(_Model):
 
 
 class OutputSpec(_Model):
-    """An output; ``shape`` holds sizes and expressions in dimension names, ``mask`` names the input that says what is valid."""
+    """An output; sizes may be expressions in dimension names, ``mask`` names the input that says what is valid."""
 
     name: str
     dtype: str

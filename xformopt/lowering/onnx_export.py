@@ -1,4 +1,4 @@
-"""Program -> ONNX graph: torch translates what is plain ATen, xf operators cross as opaque nodes of the domain ``xf``."""
+"""Program -> ONNX graph: torch translates what is plain ATen, xf operators cross as opaque nodes of the domain xf."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _TRACE_SIZES = (5, 11, 23, 47, 7, 13, 29, 53, 17, 31)
 
 @dataclass(frozen=True)
 class Exported:
-    """One export of a Program: a graph with xf nodes, from which every choice of forms is built without another export.
+    """One export of a Program: a graph with xf nodes, from which every choice of forms is built.
 
-    Nodes carry their module path in ``metadata_props["path"]``; weights are the Program's own tensors.  ``derived`` holds
-    what forms compute from weights, shared by all graphs.
+    Nodes carry their module path in ``metadata_props["path"]``; weights are the Program's own tensors.  ``derived``
+    holds what forms compute from weights, shared by all graphs.
     """
 
     model: ir.Model
@@ -201,8 +201,8 @@ def _name_outputs(graph: ir.Graph, program: Program) -> None:
 
     if clash := set(program.output_names) & set(program.input_names):
         raise LoweringError(
-            f"The program {program.name!r} has an input and an output named {min(clash)!r}, which ONNX cannot tell apart. "
-            f"Rename the output when capturing (output_names=...)."
+            f"The program {program.name!r} has an input and an output named {min(clash)!r}, which ONNX cannot tell "
+            f"apart. Rename the output when capturing (output_names=...)."
         )
     taken: set[ir.Value] = set(graph.inputs) | set(graph.initializers.values())
     for index, value in enumerate(list(graph.outputs)):
@@ -226,12 +226,19 @@ def _explain(program: Program, error: BaseException) -> str:
     if not found:
         return f"The program {program.name!r} could not be written as ONNX: {_first_paragraph(chain[-1])}"
     name = found[1] if found[2] == "default" else f"{found[1]}.{found[2]}"
-    places = [path_of(node) or f"%{node.name}" for node in program.nodes() if target_name(node.target) == name]
-    where = f", used in {', '.join(places[:3])}{' and elsewhere' if len(places) > 3 else ''}" if places else ""
+    places = _places_of(program, name)
+    where = f", used in {', '.join(places[:3])}{' and elsewhere' if len(places) > 3 else ''}," if places else ""
     return (
         f"The operator {name}{where} has no ONNX translation, so the program {program.name!r} cannot be lowered to "
         f"ONNX Runtime. Replace it in the model by operators that have one, or use the target eager or inductor."
     )
+
+
+def _places_of(program: Program, name: str) -> list[str]:
+    """Return where an operator is used, or one that decomposes into it: that one bears its name in its own."""
+    used = [(target_name(node.target), path_of(node) or f"%{node.name}") for node in program.nodes()]
+    exact = [path for target, path in used if target == name]
+    return list(dict.fromkeys(exact or [path for target, path in used if name.split(".")[1] in target]))
 
 
 def _first_paragraph(error: object) -> str:

@@ -70,7 +70,7 @@ class CandidateFolder:
             offset,
             tensor.nbytes,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=tensor.name or "weight",
             base_dir=self.folder,
         )

@@ -13,6 +13,7 @@ from xformopt.errors import LoweringError
 from xformopt.kernels.definition import load_operators
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
 from xformopt.lowering.onnx_export import Exported
+from xformopt.lowering.onnx_flatten import flatten_tokens
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -47,13 +48,9 @@ def build_graph(exported: Exported, choice: Choice, *, standard_only: bool = Fal
         LoweringError: an operator has no form that expresses one of its nodes.
 
     """
-    model = exported.model.clone()
-    expansion = _Expansion(model, exported, choice, standard_only)
-    for node in list(model.graph):
-        if node.domain == "xf":
-            expansion.expand(node)
-    _clean_up(model)
-    return model
+    expansion = _Expansion(exported, choice, standard_only).run()
+    _clean_up(expansion.model)
+    return expansion.model
 
 
 def offered_forms(exported: Exported, *, standard_only: bool = False) -> dict[str, tuple[str, ...]]:
@@ -61,32 +58,34 @@ def offered_forms(exported: Exported, *, standard_only: bool = False) -> dict[st
 
     The default comes first.
     """
-    model = exported.model.clone()
-    expansion = _Expansion(model, exported, {}, standard_only)
-    for node in list(model.graph):
-        if node.domain == "xf":
-            expansion.expand(node)
-    return {operator: tuple(names) for operator, names in expansion.offered.items() if len(names) > 1}
+    offered = _Expansion(exported, {}, standard_only).run().offered
+    return {operator: tuple(names) for operator, names in offered.items() if len(names) > 1}
 
 
 class _Expansion:
     """One walk over a graph that replaces xf nodes, and those their forms emit."""
 
-    def __init__(self, model: ir.Model, exported: Exported, choice: Choice, standard_only: bool) -> None:
-        self.graph = model.graph
-        self.builder = Builder(model.graph, exported.derived)
+    def __init__(self, exported: Exported, choice: Choice, standard_only: bool) -> None:
+        self.model = exported.model.clone()
+        self.builder = Builder(self.model.graph, exported.derived)
         self.choice = choice
         self.standard_only = standard_only
         self.offered: dict[str, dict[str, None]] = {}
 
-    def expand(self, node: ir.Node) -> None:
+    def run(self) -> _Expansion:
+        for node in list(self.model.graph):
+            if node.domain == "xf":
+                self._expand(node)
+        return self
+
+    def _expand(self, node: ir.Node) -> None:
         view = _view(node)
         form = self._pick(view)
         values = form.build(self.builder.at(node, view.path), view)
         emitted = list(self.builder.pending)
         self._replace(node, values)
         for inner in emitted:
-            self.expand(inner)
+            self._expand(inner)
 
     def _pick(self, view: XfNode) -> Form:
         reasons: list[str] = []
@@ -115,7 +114,7 @@ class _Expansion:
             value.shape = value.shape or old.shape
             value.type = value.type or old.type
             _take_over(old, value)
-        self.graph.remove(node, safe=True)
+        self.model.graph.remove(node, safe=True)
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
@@ -146,8 +145,9 @@ def _clean_up(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     common.CommonSubexpressionEliminationPass()(model)
-    common.RemoveUnusedNodesPass()(model)
     _keep_residuals_apart(model.graph)
+    flatten_tokens(model.graph)
+    common.RemoveUnusedNodesPass()(model)
     _name_nodes(model.graph)
     imports = {"": model.opset_imports[""]}
     imports.update({node.domain: 1 for node in model.graph if node.domain})
@@ -172,7 +172,7 @@ def _keep_residuals_apart(graph: ir.Graph) -> None:
 
 def _name_nodes(graph: ir.Graph) -> None:
     """Name every node ``module.path/OpType``, so that a profile can be grouped by module."""
-    kept = {value for value in (*graph.inputs, *graph.outputs)}
+    kept = {*graph.inputs, *graph.outputs}
     seen: Counter[str] = Counter()
     for node in graph:
         label = "/".join(part for part in (node.metadata_props.pop("path", ""), node.op_type) if part)

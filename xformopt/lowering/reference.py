@@ -22,7 +22,7 @@ def reference_inputs(
 ) -> dict[str, torch.Tensor]:
     """Return inputs at the given sizes: the program's examples, repeated or cut, or else drawn from ``seed``.
 
-    Sizes left out are those of the examples; without examples the first dimension of an input is 1 and others at most 128.
+    Sizes left out are those of the examples; without examples a leading dimension is 1 and others are at most 128.
 
     Raises:
         DataError: there is no such dimension, or the size is out of its range.

@@ -43,10 +43,14 @@ Progress = Callable[[str, int, int], None]
 _WORTH = 0.98
 _MOST = 0.75
 _ROUNDS = 21
-# a form this much slower after a few rounds is not worth the rest
-_HOPELESS = 1.05
+# a form that is not faster after a few rounds is not worth the rest
+_HOPELESS = 1.0
 _FEW_ROUNDS = 5
 _SECONDS_EACH = 2.0
+# a call this long needs no other before it to fill the caches
+_LONG_CALL = 0.03
+# what matters most comes first, should time run out
+_FIRST = ("attention", "linear", "activation", "add_layer_norm", "add_rms_norm", "rope")
 _TUNING_VERSION = 1
 
 
@@ -117,7 +121,9 @@ class _Search:
         records: list[TuningRecord] = []
         best = self._open({})
         assert best is not None
-        trials = [(op, name) for op, names in offered_forms(self.exported).items() for name in names[1:]]
+        offered = offered_forms(self.exported)
+        order = sorted(offered, key=lambda operator: ((*_FIRST, operator)).index(operator))
+        trials = [(operator, name) for operator in order for name in offered[operator][1:]]
         for done, (operator, form) in enumerate(trials):
             progress(f"timing {operator} as {form}", done, len(trials))
             if time.monotonic() > deadline:
@@ -177,7 +183,11 @@ class _Search:
         return float(np.median(ratios)), float(np.mean(np.asarray(ratios) < 1))
 
     def _time(self, session: OrtSession) -> float:
+        start = self.clock()
         session.run(self.arrays)
+        settling = self.clock() - start
+        if settling > _LONG_CALL:
+            return settling
         start = self.clock()
         session.run(self.arrays)
         return self.clock() - start

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from xformopt.analysis import cost
 from xformopt.errors import XformoptError
 from xformopt.program import Program, example_sizes, interpret, sample_inputs, valid_positions
-from xformopt.program.sample import Padding
+from xformopt.program.sample import Padding, is_mask
 from xformopt.rewrite import Fired, Region
 
 __all__ = ["Case", "Deviation", "edge_cases", "relative_l2", "run_region", "verify_regions"]
@@ -24,14 +25,17 @@ __all__ = ["Case", "Deviation", "edge_cases", "relative_l2", "run_region", "veri
 # relative L2 between the old and the new form of an exact rewrite, by the precision it runs in
 EXACT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _LONGEST = 2048
+# every pass runs every case a few times: one run should take seconds, not minutes
+_CASE_FLOPS = 150e9
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs on which programs are compared."""
+    """One set of inputs on which programs are compared, and what the captured program returns for them."""
 
     name: str
     inputs: dict[str, torch.Tensor]
+    captured: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,40 @@ def edge_cases(
 ) -> list[Case]:
     """Return the cases every pass is checked on.
 
-    Calibration batches (two at most) and the example; batch 1 at the smallest and the longest sizes (up to 2,048); an
-    odd size at batch 3, padded on either side.  Cases the program itself cannot run are left out.
+    Calibration batches (two at most) and the example; the smallest sizes; odd sizes at batch 3, padded on either side;
+    the longest sizes, up to 2,048 and to what runs in seconds.  What the program itself cannot run is left out, and so
+    is what repeats another case.
     """
-    cases = [Case(f"calibration batch {i}", dict(batch)) for i, batch in enumerate(calibration[:2])]
+    chosen: list[tuple[str, dict[str, torch.Tensor]]] = []
+    chosen += [(f"calibration batch {i}", dict(batch)) for i, batch in enumerate(calibration[:2])]
     if program.example_inputs:
-        cases.append(Case("the example inputs", dict(program.example_inputs)))
-    shapes: list[tuple[str, dict[str, int], Padding]] = [
-        ("the smallest sizes", {name: program.dims[name].low for name in program.dims.names}, "none"),
-        ("odd sizes, right-padded", _sizes(program, 3, 7), "right"),
-        ("odd sizes, left-padded", _sizes(program, 3, 7), "left"),
-        ("the longest sizes", _sizes(program, 1, _LONGEST), "none"),
-    ]
-    for name, sizes, padding in shapes:
-        inputs = sample_inputs(program, {**example_sizes(program), **sizes}, seed=seed, padding=padding)
-        if _runs(program, inputs):
-            cases.append(Case(name, inputs))
+        chosen.append(("the example inputs", dict(program.example_inputs)))
+    for name, sizes, padding in _edge_shapes(program):
+        chosen.append((name, sample_inputs(program, sizes, seed=seed, padding=padding)))
+    cases: list[Case] = []
+    for name, inputs in chosen:
+        if any(_alike(program, inputs, case.inputs) for case in cases):
+            continue
+        if (outputs := _try_run(program, inputs)) is not None:
+            cases.append(Case(name, inputs, outputs))
     return cases
+
+
+def _edge_shapes(program: Program) -> list[tuple[str, dict[str, int], Padding]]:
+    names = program.dims.names
+    varies = any(name != "batch" for name in names)
+    odd = _sizes(program, 3 if varies else 2, 7)
+    longest = _sizes(program, 1, _LONGEST)
+    while cost(program, longest).flops > _CASE_FLOPS and (shorter := _halved(program, longest)) != longest:
+        longest = shorter
+    length = max((size for name, size in longest.items() if name != "batch"), default=1)
+    shapes: list[tuple[str, dict[str, int], Padding]] = [
+        ("the smallest sizes", {name: program.dims[name].low for name in names}, "none"),
+        ("odd sizes, right-padded", odd, "right"),
+        ("odd sizes, left-padded", odd, "left"),
+        (f"long inputs ({length})", longest, "none"),
+    ]
+    return [(name, {**example_sizes(program), **sizes}, padding) for name, sizes, padding in shapes]
 
 
 def _sizes(program: Program, batch: int, other: int) -> dict[str, int]:
@@ -73,15 +94,24 @@ def _sizes(program: Program, batch: int, other: int) -> dict[str, int]:
     return {name: max(program.dims[name].low, program.dims.largest(name, size)) for name, size in wanted.items()}
 
 
-def _runs(program: Program, inputs: dict[str, torch.Tensor]) -> bool:
+def _halved(program: Program, sizes: dict[str, int]) -> dict[str, int]:
+    return {n: s if n == "batch" else max(program.dims[n].low, s // 2) for n, s in sizes.items()}
+
+
+def _alike(program: Program, one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two cases have the same shapes and the same padding; other values do not matter."""
+    return all(
+        one[spec.name].shape == other[spec.name].shape
+        and (not is_mask(spec) or torch.equal(one[spec.name], other[spec.name]))
+        for spec in program.inputs
+    )
+
+
+def _try_run(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     try:
-        program.bind(inputs)
-        # sizes alone decide whether the graph runs, so shape inference on real (meta) inputs would do; a real run at
-        # the smaller sizes costs little more and also finds an index out of range
-        program.run(inputs)
+        return program.run(inputs)
     except (XformoptError, RuntimeError, IndexError):
-        return False
-    return True
+        return None
 
 
 def relative_l2(reference: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None = None) -> float:
@@ -151,6 +181,7 @@ class _Checker:
     """Holds boundary values just long enough to run every region once."""
 
     def __init__(self, program: Program, fired: Sequence[Fired], case: Case) -> None:
+        self.original = {node.name for node in program.graph.nodes}
         self.program = program
         self.case = case
         self.deviation: Deviation | None = None
@@ -161,11 +192,16 @@ class _Checker:
         self.missing: dict[int, int] = {}
         self.fired = fired
         for index, rewrite in enumerate(fired):
-            names = set(rewrite.before.inputs) | set(rewrite.after.inputs)
+            names = self._needed(rewrite)
             self.missing[index] = len(names)
             for name in names:
                 self.readers[name] += 1
                 self.waiting[name].append(index)
+
+    def _needed(self, rewrite: Fired) -> set[str]:
+        """Return the values a check waits for: the boundary, and the old results where the program computes them."""
+        names = {*rewrite.before.inputs, *rewrite.after.inputs}
+        return names | set(rewrite.before.outputs) if names <= self.original else names
 
     def observe(self, node: fx.Node, value: Any) -> None:
         """Take a value of the program, and run what was waiting for it."""
@@ -181,11 +217,12 @@ class _Checker:
                 self._check(self.fired[index])
 
     def _check(self, rewrite: Fired) -> None:
-        before = run_region(rewrite.before, self.values)
+        names = self._needed(rewrite)
+        known = all(output in self.values for output in rewrite.before.outputs)
+        before = self.values if known else run_region(rewrite.before, self.values)
         after = run_region(rewrite.after, self.values)
         if self.deviation is None:
             self._compare(rewrite, before, after)
-        names = set(rewrite.before.inputs) | set(rewrite.after.inputs)
         for name, value in after.items():
             if name not in names:
                 self._arrive(name, value)
@@ -215,13 +252,20 @@ class _Checker:
         metas = {str(node.meta["name"]): node.meta["val"] for node in rewrite.before.graph.nodes if node.op != "output"}
         worst = 0.0
         for old, new in zip(rewrite.before.outputs, rewrite.after.outputs, strict=True):
-            if not isinstance(before[old], torch.Tensor):
-                worst = max(worst, 0.0 if before[old] == after[new] else float("inf"))
-                continue
-            valid = valid_positions(self.program, metas[old], self.case.inputs)
-            worst = max(worst, relative_l2(before[old], after[new], valid))
+            for meta, one, other in zip(*map(_parts, (metas[old], before[old], after[new])), strict=True):
+                if not isinstance(one, torch.Tensor):
+                    worst = max(worst, 0.0 if one == other else float("inf"))
+                    continue
+                valid = valid_positions(self.program, meta, self.case.inputs)
+                worst = max(worst, relative_l2(one, other, valid))
         return worst
 
     def _tolerance(self, rewrite: Fired, before: dict[str, Any]) -> float:
-        dtypes = [before[name].dtype for name in rewrite.before.outputs if isinstance(before[name], torch.Tensor)]
+        outputs = [part for name in rewrite.before.outputs for part in _parts(before[name])]
+        dtypes = [value.dtype for value in outputs if isinstance(value, torch.Tensor)]
         return max((EXACT_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return the results of an operator that has several, or the one it has."""
+    return list(value) if isinstance(value, list | tuple) else [value]

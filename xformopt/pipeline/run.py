@@ -149,7 +149,7 @@ class _Run:
     history: list[Record] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.captured = [interpret(self.program, case.inputs) for case in self.cases]
+        self.captured = [case.captured for case in self.cases]
         self.current = self.captured
 
     def step(self, step: Pass) -> Record:

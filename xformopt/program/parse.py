@@ -152,7 +152,8 @@ class Parser:
         try:
             node.meta["val"] = infer_value(self.built, node)
         except Exception as error:
-            raise self._fail(f"the operator refuses its arguments ({error})") from error
+            said = " ".join(str(error).split())
+            raise self._fail(f"the operator refuses its arguments ({said})") from error
         node.meta["path"] = comment.strip()
         if (computed := format_type(self.built, node.meta["val"])) != found["type"]:
             raise self._fail(f"the operator returns {computed}")
@@ -194,6 +195,11 @@ class Parser:
                 args.append(value)
         if attributes:
             raise self._fail(f"the operator has no attribute {next(iter(attributes))!r}")
+        # torch.export leaves trailing defaults out, and so does what rewrites look for
+        optional = [a for a in target._schema.arguments if not a.kwarg_only][: len(args)]
+        while args and optional[-1].has_default_value() and args[-1] == optional[-1].default_value:
+            args.pop()
+            optional.pop()
         return tuple(args), {k: v for k, v in kwargs.items() if v is not None}
 
     def _return(self, line: str) -> None:

@@ -77,7 +77,8 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The graph's output node; its one argument is the tuple of returned values."""
-        return next(iter(reversed(self.graph.nodes)))
+        last: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return last
 
     @property
     def results(self) -> tuple[fx.Node, ...]:

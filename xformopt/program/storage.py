@@ -61,8 +61,8 @@ def load_program(folder: str | Path, *, verify: bool = True) -> Program:
     weights, facts = load_tensors(folder / _WEIGHTS)
     if facts.get("format") != FORMAT:
         raise ArtifactError(
-            f"{folder / _WEIGHTS} has the format {facts.get('format', 'of another program')!r} where this version reads "
-            f"{FORMAT!r}. Save the Program again with this version of xformopt."
+            f"{folder / _WEIGHTS} has the format {facts.get('format', 'none')!r}, and this version of xformopt reads "
+            f"{FORMAT!r}. Save the Program again with this version."
         )
     program = Program.parse(text, parameters=weights)
     if (folder / _EXAMPLES).exists():
@@ -95,6 +95,8 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, facts: Mapping
         ranges.append((start, end))
         stored[name] = tensor.clone() if overlaps else tensor
     save_file(stored, path, {**(facts or {}), "aliases": json.dumps(aliases)})
+    # the library makes the file for its owner alone
+    path.chmod(0o644)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -94,9 +94,9 @@ def format_program(program: Program) -> str:
         lines.append(f"param %{name}: {_format_spec(value.dtype, tuple(value.shape))}")
     lines += [format_node(program, node, names) for node in program.nodes()]
     returned = []
-    for spec, node in zip(program.outputs, program.results, strict=True):
-        valid = f" valid {spec.mask_means} %{spec.mask}" if spec.mask else ""
-        returned.append(f"{spec.name}=%{names[node]}{valid}")
+    for output, node in zip(program.outputs, program.results, strict=True):
+        valid = f" valid {output.mask_means} %{output.mask}" if output.mask else ""
+        returned.append(f"{output.name}=%{names[node]}{valid}")
     lines.append("return " + ", ".join(returned))
     return "\n".join(lines) + "\n"
 
