@@ -30,9 +30,7 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
     path = _resolved(Path(path))
     content = data.encode() if isinstance(data, str) else data
     if path.is_dir():
-        raise OutputError(
-            f"cannot write the file {path}: it is a directory. Name a file inside it, or another path."
-        )
+        raise OutputError(f"cannot write the file {path}: it is a directory. Name a file inside it, or another path.")
     if path.exists() and not path.is_file():
         with _told_clearly(path):
             path.write_bytes(content)
@@ -90,9 +88,7 @@ def _check_replaceable(path: Path, overwrite: bool, marker: str | None) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise OutputError(
-            f"the output {path} exists already. Pass --overwrite to replace it, or name another path."
-        )
+        raise OutputError(f"the output {path} exists already. Pass --overwrite to replace it, or name another path.")
     if path.is_file() or marker is None or (path / marker).is_file() or not any(path.iterdir()):
         return
     raise OutputError(
@@ -116,8 +112,7 @@ def _parents_of(path: Path) -> Iterator[None]:
                     continue
                 if parent.exists():
                     raise OutputError(
-                        f"cannot write {path}: {parent} is a file, not a directory. "
-                        "Name a path under a directory."
+                        f"cannot write {path}: {parent} is a file, not a directory. Name a path under a directory."
                     )
                 parent.mkdir(exist_ok=True)
                 made.append(parent)
