@@ -11,7 +11,7 @@ import transformers as hf
 
 from xformopt.cli import main
 
-TINY = '''
+TINY = """
 import torch
 
 
@@ -55,7 +55,7 @@ def infinite():
 
 def branches():
     return Branches()
-'''
+"""
 TEXT = {
     "vocab_size": 13,
     "hidden_size": 8,
@@ -93,6 +93,7 @@ def command(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...
     """Run one command in this process."""
 
     def run(*arguments: object) -> Ended:
+        capsys.readouterr()
         status = main([str(argument) for argument in arguments])
         said = capsys.readouterr()
         return Ended(status, said.out, said.err)

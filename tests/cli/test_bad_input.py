@@ -172,8 +172,8 @@ def test_wrong_usage(words: list[str], fragment: str, refused: Refused) -> None:
 
 
 def test_sizes_that_do_not_fit(refused: Refused, bert: Path) -> None:
-    assert "length in [1, 16]" in refused(2, "inspect", "bert", "--batch", "2", "--length", "17")
-    assert "at least 1" in refused(2, "inspect", "bert", "--length", "0") or True
+    assert "at most 16" in refused(2, "inspect", "bert", "--batch", "2", "--length", "17")
+    assert "--length" in refused(2, "inspect", "bert", "--length", "0")
 
 
 def test_output_exists(refused: Refused, workplace: Path) -> None:
@@ -237,13 +237,13 @@ def test_full_disk_leaves_what_was_there(refused: Refused, workplace: Path, monk
     [
         ("interrupt", "interrupted"),
         ("terminate", "interrupted"),
-        ("memory", "ran out of memory"),
-        ("fail", "Sabotage failed with RuntimeError: the reason and where"),
+        ("memory", "sabotage failed with MemoryError"),
+        ("fail", "sabotage failed with RuntimeError: the reason and where"),
     ],
 )
 def test_a_run_that_ends_early(how: str, fragment: str, refused: Refused) -> None:
     message = optimize(refused, "tiny:Tiny", "--pass", f"saboteur:Sabotage{{how={how}}}")
-    assert fragment.replace("Sabotage", "sabotage") in message
+    assert fragment in message
 
 
 def test_interrupted_while_writing(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

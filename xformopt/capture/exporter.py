@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -128,7 +129,9 @@ def _export(model: torch.nn.Module, examples: dict[str, torch.Tensor], axes: Axe
             "kwargs": {n: shapes[n] for n in unnamed},
         }
     try:
-        exported = torch.export.export(model, (), dict(examples), dynamic_shapes=dynamic_shapes, strict=False)
+        # torch prints the part of the graph it has when it gives up; the error says more in one paragraph
+        with redirect_stderr(io.StringIO()):
+            exported = torch.export.export(model, (), dict(examples), dynamic_shapes=dynamic_shapes, strict=False)
         plain: torch.export.ExportedProgram = exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(explain_export_failure(model, error)) from error

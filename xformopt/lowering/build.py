@@ -16,7 +16,7 @@ from xformopt.errors import ArtifactError, LoweringError, OutputError, UsageErro
 from xformopt.kernels.definition import find_operator
 from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
 from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
-from xformopt.lowering.manifest import Manifest, SessionSettings, precision_of, specs_of
+from xformopt.lowering.manifest import FILE_NAME, Manifest, SessionSettings, precision_of, specs_of
 from xformopt.lowering.onnx_export import export_onnx
 from xformopt.lowering.onnx_files import write_onnx
 from xformopt.lowering.onnx_forms import build_graph, forms_of
@@ -102,6 +102,8 @@ def lower_program(
     )
     if captured is None and program.level == Level.CAPTURED:
         captured = program
+    # a benchmark opens the folder in a process of its own before it is saved
+    (workspace.path / FILE_NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     artifact = Artifact(manifest, workspace.path, captured=captured, workspace=workspace)
     progress("comparing with the eager program", 2, 3)
     _check_parity(artifact, program, inputs, expected, tolerance)
