@@ -1,6 +1,6 @@
 """Write real English sentences, one a line: cut from the documentation topics that ship with Python.
 
-    python tools/sentences.py FILE [COUNT]
+python tools/sentences.py FILE [COUNT]
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""Fill the generated parts of README.md: the results table and the IR of one layer, before and after.
+
+python tools/readme.py           rewrites README.md from tools/results/exact-*.json and MiniLM
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(Path(__file__).parent))
+
+import xformopt as xo
+from xformopt.program import Program
+from xformopt.program.text import format_node, value_names
+
+NAMES = {
+    "minilm": "MiniLM-L6, 1x128",
+    "bert-base": "BERT-base, 1x128",
+    "vit-b16": "ViT-B/16, 1x3x224x224",
+    "deit-s": "DeiT-S, 1x3x224x224",
+    "gpt2": "GPT-2, 1x256",
+    "llama-12": "Llama-style, 12 layers, GQA, 1x256",
+}
+COLUMNS = (
+    "eager",
+    "onnxruntime torch export",
+    "onnxruntime optimizer",
+    "openvino dynamic",
+    "openvino static",
+    "xformopt ort-cpu",
+)
+_LAYER = "encoder.layer.0.attention"
+
+
+def results_table() -> str:
+    """Return the table of medians, ours with the range of its ratio to the best peer."""
+    lines = [
+        "Median latency in ms, fp32, two threads, each system in a process of its own, rounds interleaved. Ours and the "
+        "dynamic peers take any batch and length; `openvino static` is reshaped to the measured one.",
+        "",
+        "| model | " + " | ".join(COLUMNS) + " | ours / best ONNX Runtime | ours / best OpenVINO |",
+        "|---|" + "---:|" * (len(COLUMNS) + 2),
+    ]
+    machine = ""
+    for name, title in NAMES.items():
+        path = ROOT / "tools" / "results" / f"exact-{name}.json"
+        if not path.exists():
+            continue
+        report = json.loads(path.read_text())
+        machine = f"{report['machine']['cpu']}, {report['machine']['cores']} cores"
+        p50 = {run["name"]: run["latency_ms"]["p50"] for run in report["runs"] if run["latency_ms"]}
+        cells = [f"{p50[column]:.1f}" if column in p50 else "fails" for column in COLUMNS]
+        ours = p50["xformopt ort-cpu"]
+        ratios = [
+            f"{ours / min(value for key, value in p50.items() if key.startswith(peer)):.2f}"
+            for peer in ("onnxruntime", "openvino")
+        ]
+        lines.append(f"| {title} | " + " | ".join([*cells, *ratios]) + " |")
+    return "\n".join([*lines, "", f"Measured on {machine} by `tools/measure_exact.py`; a ratio below 1 is faster."])
+
+
+def layer_text(program: Program) -> str:
+    """Return the lines of the first attention layer, parameters shortened to their last parts."""
+    values = value_names(program)
+    wanted = [n for n in program.nodes() if _LAYER in str(n.meta.get("path", "")) and "output" not in n.meta["path"]]
+    text = "\n".join(format_node(program, node, values) for node in wanted)
+    text = re.sub(r"%model\.encoder\.layer\.0\.attention\.", "%", text)
+    return "```\n" + re.sub(r"  # model\.encoder\.layer\.0\.", "  # ", text) + "\n```"
+
+
+def fill(text: str, part: str, content: str) -> str:
+    """Replace what stands between the markers of a part."""
+    pattern = rf"(<!-- {part}: begin -->\n).*?(<!-- {part}: end -->)"
+    return re.sub(pattern, lambda found: found[1] + content + "\n" + found[2], text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    captured = xo.capture("minilm")
+    optimized = xo.Pipeline.recipe("exact").run(captured).program
+    path = ROOT / "README.md"
+    text = path.read_text()
+    parts = {"results": results_table(), "captured": layer_text(captured), "optimized": layer_text(optimized)}
+    for part, content in parts.items():
+        text = fill(text, part, content)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
