@@ -41,7 +41,7 @@ def test_the_pass_of_the_readme_runs() -> None:
     result = xo.Pipeline([readme_pass()()]).run(program)
     record = result.history[0]
     assert (record.name, record.fired) == ("drop-zero-bias", 1)
-    assert [reason for reason, _ in record.rejected][0].startswith("the bias reaches")
+    assert next(reason for reason, _ in record.rejected).startswith("the bias reaches")
     assert "xf.linear(%x, %a.weight)" in str(result.program)
 
 

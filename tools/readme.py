@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(Path(__file__).parent))
 
 import xformopt as xo
 from xformopt.program import Program
 from xformopt.program.text import format_node, value_names
 
+ROOT = Path(__file__).parent.parent
 NAMES = {
     "minilm": "MiniLM-L6, 1x128",
     "bert-base": "BERT-base, 1x128",
@@ -39,8 +36,8 @@ _LAYER = "encoder.layer.0.attention"
 def results_table() -> str:
     """Return the table of medians, ours with the range of its ratio to the best peer."""
     lines = [
-        "Median latency in ms, fp32, two threads, each system in a process of its own, rounds interleaved. Ours and the "
-        "dynamic peers take any batch and length; `openvino static` is reshaped to the measured one.",
+        "Median latency in ms, fp32, two threads, each system in a process of its own, rounds interleaved. Ours and "
+        "the dynamic peers take any batch and length; `openvino static` is reshaped to the measured one.",
         "",
         "| model | " + " | ".join(COLUMNS) + " | ours / best ONNX Runtime | ours / best OpenVINO |",
         "|---|" + "---:|" * (len(COLUMNS) + 2),
