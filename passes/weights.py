@@ -72,7 +72,9 @@ def replace_linear(
     args = [editor.parameter(parts.weight_name, weight.to(dtype).contiguous())]
     if bias is not None:
         args.append(editor.parameter(parts.bias_name, bias.to(dtype).contiguous()))
-    return editor.call(xf.linear, source, *args)
+    replaced = editor.call(xf.linear, source, *args)
+    replaced.meta["path"] = path_of(parts.node)
+    return replaced
 
 
 @dataclass

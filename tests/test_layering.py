@@ -11,19 +11,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ANYTHING = {"*"}
 _CORE = {"errors", "files", "kernels", "program"}
-_MIDDLE = {*_CORE, "rewrite", "analysis", "verify", "canonical", "lift", "calibration"}
+_MIDDLE = {*_CORE, "rewrite", "match", "analysis", "verify", "canonical", "lift", "calibration"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "kernels": {"errors", "files"},
     "program": {"errors", "files", "kernels"},
     "rewrite": _CORE,
-    "analysis": {*_CORE, "rewrite"},
-    "verify": {*_CORE, "rewrite", "analysis"},
-    "canonical": {*_CORE, "rewrite", "analysis"},
-    "capture": {*_CORE, "rewrite", "analysis", "verify", "canonical", "models"},
-    "lift": {*_CORE, "rewrite", "analysis", "verify", "canonical"},
-    "calibration": {*_CORE, "rewrite", "analysis", "verify", "canonical"},
+    "match": {*_CORE, "rewrite"},
+    "analysis": {*_CORE, "rewrite", "match"},
+    "verify": {*_CORE, "rewrite", "match", "analysis"},
+    "canonical": {*_CORE, "rewrite", "match", "analysis"},
+    "capture": {*_CORE, "rewrite", "match", "analysis", "verify", "canonical", "models"},
+    "lift": {*_CORE, "rewrite", "match", "analysis", "verify", "canonical"},
+    "calibration": {*_CORE, "rewrite", "match", "analysis", "verify", "canonical"},
     "pipeline": _MIDDLE,
     "passes": {*_MIDDLE, "pipeline"},
     "models": {"errors", "files", "kernels"},

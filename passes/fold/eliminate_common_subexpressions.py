@@ -2,7 +2,7 @@
 
     a = f(x);  b = f(x)    ->    a = f(x);  b = a
 
-**Exact**.  Run it after ``canonicalize``, which makes equal things look equal; equal small parameters count as one.
+**Exact**.  Run it after ``canonicalize``, which makes equal things look equal; equal tables of integers count as one.
 """
 
 from __future__ import annotations
@@ -102,12 +102,15 @@ def _freeze(value: Any) -> Hashable:
 
 
 def _merge_parameters(program: Program) -> int:
-    """Let all readers of equal small parameters read the first; returns how many became unused."""
+    """Let all readers of equal small tables of integers read the first; returns how many became unused.
+
+    Weights that happen to be equal stay apart: later passes may change one and not the other.
+    """
     merged = 0
     known: dict[Hashable, list[fx.Node]] = {}
     for node in program.graph.find_nodes(op="get_attr"):
         value = program.parameters[str(node.target)]
-        if value.numel() > _COMPARED_ELEMENTS:
+        if value.is_floating_point() or value.numel() > _COMPARED_ELEMENTS:
             continue
         alike = known.setdefault((value.dtype, tuple(value.shape)), [])
         first = next((other for other in alike if _equal(program.parameters[str(other.target)], value)), None)

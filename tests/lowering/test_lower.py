@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
 from xformopt.errors import ArtifactError, DataError, LoweringError, MissingExtraError, OutputError, UsageError
-from xformopt.lowering import load, lower, onnx_files, open_runner, targets, tuning
+from xformopt.lowering import build, load, lower, onnx_files, open_runner, targets, tuning
 from xformopt.lowering.onnx_export import export_onnx
 from xformopt.lowering.onnx_files import CandidateFolder
 from xformopt.lowering.onnx_forms import build_graph, offered_forms
@@ -287,3 +292,54 @@ def test_a_runner_names_what_is_not_there(tmp_path: Path) -> None:
         open_runner("ort-cpu", tmp_path / "none.onnx", threads=1)
     with pytest.raises(ArtifactError, match="not a saved Program"):
         open_runner("eager", tmp_path, threads=1)
+
+
+def test_equal_runs_write_equal_files(encoder: Program, tmp_path: Path) -> None:
+    first = lower(encoder, threads=1, captured=encoder).save(tmp_path / "first").manifest
+    second = lower(encoder, threads=1, captured=encoder).save(tmp_path / "second").manifest
+    assert first == second
+
+
+def test_a_full_disk_is_told(encoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "write_onnx", write)
+    with pytest.raises(OutputError, match=r"disk is full.*TMPDIR"):
+        lower(encoder, measure=False)
+
+
+def test_nothing_stays_in_the_folder_for_temporary_files(
+    encoder: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    artifact = lower(encoder, threads=1, tuning_seconds=0)
+    assert len(list(tmp_path.iterdir())) == 1
+    del artifact
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OutputError):
+        lower(encoder, measure=False, files=[tmp_path / "none"])
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_query_without_keys_is_finite_and_by_definition_zero() -> None:
+    program = Program.parse("""
+program "empty" lifted
+dim batch in [1, inf]
+input %q: f32[batch,5,16]
+input %mask: bool[batch,5]
+%y: f32[batch,5,16] = xf.attention(%q, %q, %q, %mask) {heads=2, kv_heads=2, scale=0.5}
+return y=%y
+""")
+    inputs = {"q": torch.randn(2, 5, 16), "mask": torch.tensor([[True] * 5, [False] * 5])}
+    exported = export_onnx(program)
+    for form in ("attention", "multi_head_attention", "matmul_softmax"):
+        blob = ir.serde.serialize_model(build_graph(exported, {"attention": form})).SerializeToString()
+        session = onnxruntime.InferenceSession(blob, providers=["CPUExecutionProvider"])
+        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+        assert np.isfinite(found).all()
+        assert relative_l2(program.run(inputs)["y"][0], torch.from_numpy(found[0])) < 1e-6
+        if form == "matmul_softmax":
+            assert not found[1].any()

@@ -1,3 +1,5 @@
+"""A Program that is not well formed is refused with the value named."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

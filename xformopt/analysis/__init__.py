@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from xformopt.analysis.cost import Cost, NodeCost, cost, example_sizes
+from xformopt.analysis.cost import Cost, NodeCost, cost
 
-__all__ = ["Cost", "NodeCost", "cost", "example_sizes"]
+__all__ = ["Cost", "NodeCost", "cost"]

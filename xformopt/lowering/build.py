@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from xformopt.errors import LoweringError, UsageError
+from xformopt.errors import ArtifactError, LoweringError, OutputError, UsageError
 from xformopt.kernels.definition import find_operator
 from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
 from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
@@ -28,6 +31,8 @@ from xformopt.program.storage import save_tensors
 __all__ = ["lower_program"]
 
 _MODEL = "model.onnx"
+# what changes from one minute to the next says nothing of the artifact, and equal runs write equal files
+_MOMENTARY = frozenset({"clock_mhz", "load_average"})
 
 
 def lower_program(
@@ -70,31 +75,46 @@ def lower_program(
     progress("exporting", 0, 3)
     exported = export_onnx(program)
     expected = {name: value.detach() for name, value in program.run(inputs).items()}
-    settings = SessionSettings()
-    tolerance = TOLERANCE[precision_of(program)]
-    threads = threads or torch.get_num_threads()
-    tuned = Tuned()
+    settings, tolerance = SessionSettings(), TOLERANCE[precision_of(program)]
     is_standard = target != "ort-cpu"
-    if measure and not is_standard:
-        tuned = choose_forms(
-            exported,
-            inputs,
-            expected,
-            settings=settings,
-            threads=threads,
-            tolerance=tolerance,
-            seconds=tuning_seconds,
-            progress=progress,
-        )
-    workspace = Workspace()
-    folder = workspace.path
-    progress("writing", 1, 3)
-    write_onnx(build_graph(exported, tuned.forms, standard_only=is_standard), folder / _MODEL)
-    (folder / "program.txt").write_text(str(program), encoding="utf-8")
-    save_tensors(inputs, folder / "reference_inputs.safetensors")
-    save_tensors(expected, folder / "reference_outputs.safetensors")
-    copy_extra(tuple(Path(file) for file in files), folder)
-    manifest = Manifest(
+    with _room_for_work():
+        tuned = Tuned()
+        if measure and not is_standard:
+            tuned = choose_forms(
+                exported,
+                inputs,
+                expected,
+                settings=settings,
+                threads=threads or torch.get_num_threads(),
+                tolerance=tolerance,
+                seconds=tuning_seconds,
+                progress=progress,
+            )
+        progress("writing", 1, 3)
+        workspace = Workspace()
+        write_onnx(build_graph(exported, tuned.forms, standard_only=is_standard), workspace.path / _MODEL)
+        (workspace.path / "program.txt").write_text(str(program), encoding="utf-8")
+        save_tensors(inputs, workspace.path / "reference_inputs.safetensors")
+        save_tensors(expected, workspace.path / "reference_outputs.safetensors")
+        copy_extra(tuple(Path(file) for file in files), workspace.path)
+    manifest = _describe(program, target, settings, tuned, inputs).model_copy(
+        update={"source": source, "history": tuple(history)}
+    )
+    if captured is None and program.level == Level.CAPTURED:
+        captured = program
+    # a benchmark opens the folder in a process of its own before it is saved
+    (workspace.path / FILE_NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    artifact = Artifact(manifest, workspace.path, captured=captured, workspace=workspace)
+    progress("comparing with the eager program", 2, 3)
+    _check_parity(artifact, program, inputs, expected, tolerance)
+    progress("lowered", 3, 3)
+    return artifact
+
+
+def _describe(
+    program: Program, target: str, settings: SessionSettings, tuned: Tuned, inputs: Mapping[str, torch.Tensor]
+) -> Manifest:
+    return Manifest(
         xformopt=importlib.metadata.version("xformopt"),
         name=program.name,
         target=target,
@@ -105,20 +125,23 @@ def lower_program(
         tuning=tuned.records,
         tuned_at=program.bind(inputs) if tuned.records else {},
         fingerprint=program.fingerprint,
-        source=source,
-        history=tuple(history),
-        machine=describe_machine().to_dict(),
+        machine={key: value for key, value in describe_machine().to_dict().items() if key not in _MOMENTARY},
         **specs_of(program),
     )
-    if captured is None and program.level == Level.CAPTURED:
-        captured = program
-    # a benchmark opens the folder in a process of its own before it is saved
-    (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    artifact = Artifact(manifest, folder, captured=captured, workspace=workspace)
-    progress("comparing with the eager program", 2, 3)
-    _check_parity(artifact, program, inputs, expected, tolerance)
-    progress("lowered", 3, 3)
-    return artifact
+
+
+@contextmanager
+def _room_for_work() -> Iterator[None]:
+    """Turn a full disk into a paragraph that names the folder for temporary files."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OutputError(
+            f"The disk is full: candidates and the model are first written to {tempfile.gettempdir()}, which has no "
+            f"room left. Free some, or let TMPDIR name a folder on another disk."
+        ) from error
 
 
 def _check_target(target: str) -> None:
@@ -144,7 +167,10 @@ def _check_parity(
     expected: Mapping[str, torch.Tensor],
     tolerance: float,
 ) -> None:
-    found = artifact.session.run({name: value.numpy() for name, value in inputs.items()})
+    try:
+        found = artifact.session.run({name: value.numpy() for name, value in inputs.items()})
+    except ArtifactError as error:
+        raise LoweringError(f"{program.name} was lowered, but its target does not take it. {error}") from error
     name, gap = largest_gap(program, inputs, expected, found)
     if not gap <= tolerance:
         sizes = ", ".join(f"{dim}={size}" for dim, size in program.bind(inputs).items())

@@ -21,11 +21,14 @@ from xformopt.program.text import target_name
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Exported", "export_onnx", "require_onnx"]
+__all__ = ["OPSET", "Exported", "export_onnx", "require_onnx"]
 
 # operators torch translates well but xformopt has better forms for, with the xf operator of the same arguments
 _SAME_AS = {torch.ops.aten.linear.default: "linear"}
-# the first with an Attention operator
+# torch's own forms of attention and rotary embeddings at later versions fail in ONNX Runtime (a mask or angles that are
+# broadcast); what torch emits at this version means the same at ``OPSET``
+_TRANSLATED_OPSET = 20
+# the first with Attention, RMSNormalization and RotaryEmbedding, which forms use
 OPSET = 23
 # sizes a trace takes apart from each other and from what models use
 _TRACE_SIZES = (5, 11, 23, 47, 7, 13, 29, 53, 17, 31)
@@ -69,7 +72,7 @@ def export_onnx(program: Program) -> Exported:
                 exported,
                 (),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=_TRANSLATED_OPSET,
                 custom_translation_table=_translations(),
                 optimize=True,
                 verbose=False,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from xformopt.errors import LoweringError
 from xformopt.kernels.definition import load_operators
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
-from xformopt.lowering.onnx_export import Exported
+from xformopt.lowering.onnx_export import OPSET, Exported
 from xformopt.lowering.onnx_flatten import flatten_tokens
 
 if TYPE_CHECKING:
@@ -149,10 +149,8 @@ def _clean_up(model: ir.Model) -> None:
     flatten_tokens(model.graph)
     common.RemoveUnusedNodesPass()(model)
     _name_nodes(model.graph)
-    imports = {"": model.opset_imports[""]}
-    imports.update({node.domain: 1 for node in model.graph if node.domain})
     model.opset_imports.clear()
-    model.opset_imports.update(imports)
+    model.opset_imports.update({"": OPSET, **{node.domain: 1 for node in model.graph if node.domain}})
 
 
 def _keep_residuals_apart(graph: ir.Graph) -> None:

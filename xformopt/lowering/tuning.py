@@ -168,7 +168,7 @@ class _Search:
 
     def _compare(self, best: OrtSession, rival: OrtSession) -> tuple[float, float]:
         """Return the rival's time over the best's (median of rounds), and the share of rounds it won."""
-        for session in (best, rival, best, rival):
+        for session in (best, rival):
             session.run(self.arrays)
         ratios: list[float] = []
         stop = time.monotonic() + _SECONDS_EACH

@@ -21,6 +21,7 @@ from xformopt.program.program import Program
 __all__ = ["load_program", "load_tensors", "save_program", "save_tensors"]
 
 FORMAT = "xformopt/program/1"
+_FACTS = "xformopt"
 _TEXT, _WEIGHTS, _EXAMPLES = "program.txt", "weights.safetensors", "examples.safetensors"
 
 
@@ -94,12 +95,13 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, facts: Mapping
         overlaps = any(low < end and start < high for low, high in ranges)
         ranges.append((start, end))
         stored[name] = tensor.clone() if overlaps else tensor
-    save_file(stored, path, {**(facts or {}), "aliases": json.dumps(aliases)})
+    # the library stores several entries in no fixed order, which would make equal files differ
+    save_file(stored, path, {_FACTS: json.dumps({**(facts or {}), "aliases": aliases}, sort_keys=True)})
     # the library makes the file for its owner alone
     path.chmod(0o644)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Map the tensors of a safetensors file into memory; returns them and the facts stored with them.
 
     Raises:
@@ -110,11 +112,10 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            facts = dict(file.metadata() or {})
+            facts: dict[str, Any] = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        aliases: dict[str, str] = json.loads(facts.pop("aliases", "{}"))
-        tensors.update({name: tensors[stored] for name, stored in aliases.items()})
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        tensors.update({name: tensors[stored] for name, stored in facts.pop("aliases", {}).items()})
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(
             f"{path} cannot be read as safetensors ({error}): it is missing, cut short or damaged. "
             f"Restore the file, or write the folder again."
