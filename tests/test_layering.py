@@ -33,6 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"errors", "files", "measure", "report.schema", "report.record"},
     "bench_worker": {"errors", "files", "measure", "lowering", "program"},
     "report": ANYTHING,
+    # the jobs as functions, and the parts they are made of
+    **dict.fromkeys(("api", "comparison", "doctor", "inspection", "lineup", "original"), ANYTHING),
     "cli": ANYTHING,
     # the package itself: what `import xformopt as xo` offers, imported when it is asked for
     "": ANYTHING,

@@ -91,7 +91,8 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(path)
+    arrays: dict[str, torch.Tensor] = load_file(path)
+    return arrays
 
 
 def _cut(

@@ -219,7 +219,7 @@ def _full(*arguments: object, **options: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights")
 
 
-@pytest.mark.parametrize("where", ["xformopt.lowering.artifact.shutil.copyfile", "xformopt.lowering.build.write_onnx"])
+@pytest.mark.parametrize("where", ["xformopt.lowering.artifact.save_program", "xformopt.lowering.build.write_onnx"])
 def test_full_disk(where: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(where, _full)
     assert "the disk is full" in optimize(refused, "tiny:Tiny")
@@ -228,7 +228,7 @@ def test_full_disk(where: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
 def test_full_disk_leaves_what_was_there(refused: Refused, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (workplace / "out").mkdir()
     (workplace / "out" / "artifact.json").write_text("{}")
-    monkeypatch.setattr("xformopt.lowering.artifact.shutil.copyfile", _full)
+    monkeypatch.setattr("xformopt.lowering.artifact.save_program", _full)
     assert "the disk is full" in optimize(refused, "tiny:Tiny", "--overwrite")
 
 
@@ -250,7 +250,7 @@ def test_interrupted_while_writing(refused: Refused, monkeypatch: pytest.MonkeyP
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xformopt.lowering.artifact.shutil.copyfile", interrupt)
+    monkeypatch.setattr("xformopt.lowering.artifact.save_program", interrupt)
     assert "interrupted" in optimize(refused, "tiny:Tiny", "--json", "result.json")
 
 
