@@ -19,6 +19,7 @@ from xformopt.passes.weights import LinearParts, is_linear, linear_parts, replac
 from xformopt.match import arguments, is_call, is_returned, operand, readers, xf
 from xformopt.pipeline import Context, RewritePass
 from xformopt.program import Program
+from xformopt.program.text import target_name
 from xformopt.rewrite import Editor, Reject, Rule
 
 __all__ = ["FoldNormAffine"]
@@ -61,7 +62,7 @@ def _linear_readers(editor: Editor, node: fx.Node) -> list[LinearParts] | Reject
     found: list[LinearParts] = []
     for reader in readers(node):
         if not is_linear(reader) or operand(reader) is not node:
-            return Reject(f"%{reader.name} reads the norm and is no linear layer")
+            return Reject(f"{target_name(reader.target)} reads the norm and is no linear layer")
         parts = linear_parts(editor, reader)
         if isinstance(parts, Reject):
             return parts
