@@ -31,7 +31,7 @@ def lowered(body: str) -> tuple[Counter[str], float]:
     import onnx_ir as ir
 
     program = Program.parse(HEADER + body)
-    model = build_graph(export_onnx(program), {})
+    model = build_graph(export_onnx(program), {}).model
     session = ort.InferenceSession(
         ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
     )

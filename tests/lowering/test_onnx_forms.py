@@ -154,7 +154,7 @@ def run_graph(model: object, program: Program, inputs: dict[str, torch.Tensor]) 
 
 
 def check(exported: Exported, choice: dict[str, str], *, standard_only: bool = False) -> None:
-    model = build_graph(exported, choice, standard_only=standard_only)
+    model = build_graph(exported, choice, standard_only=standard_only).model
     assert not [node for node in model.graph if node.domain == "xf"]
     program = exported.program
     for sizes in SIZES:
@@ -203,6 +203,6 @@ def test_forms_match_the_reference(others: Exported, operator: str, form: str) -
 
 def test_standard_forms_match_the_reference(attention: Exported, others: Exported) -> None:
     for exported in (attention, others):
-        model = build_graph(exported, {}, standard_only=True)
+        model = build_graph(exported, {}, standard_only=True).model
         assert {node.domain for node in model.graph} == {""}
         check(exported, {}, standard_only=True)

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from xformopt.errors import ArtifactError, LoweringError, OutputError, UsageError
-from xformopt.kernels.definition import find_operator
 from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
 from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
 from xformopt.lowering.manifest import FILE_NAME, Manifest, SessionSettings, precision_of, specs_of
 from xformopt.lowering.onnx_export import export_onnx
 from xformopt.lowering.onnx_files import write_onnx
-from xformopt.lowering.onnx_forms import build_graph, forms_of
+from xformopt.lowering.onnx_forms import build_graph
 from xformopt.lowering.openvino import require_openvino
 from xformopt.lowering.ort_session import require_onnxruntime
 from xformopt.lowering.reference import TOLERANCE, largest_gap, reference_inputs
@@ -92,12 +91,13 @@ def lower_program(
             )
         progress("writing", 1, 3)
         workspace = Workspace()
-        write_onnx(build_graph(exported, tuned.forms, standard_only=is_standard), workspace.path / _MODEL)
+        model, forms = build_graph(exported, tuned.forms, standard_only=is_standard)
+        write_onnx(model, workspace.path / _MODEL)
         (workspace.path / "program.txt").write_text(str(program), encoding="utf-8")
         save_tensors(inputs, workspace.path / "reference_inputs.safetensors")
         save_tensors(expected, workspace.path / "reference_outputs.safetensors")
         copy_extra(tuple(Path(file) for file in files), workspace.path)
-    manifest = _describe(program, target, settings, tuned, inputs).model_copy(
+    manifest = _describe(program, target, settings, tuned, forms, inputs).model_copy(
         update={"source": source, "history": tuple(history)}
     )
     if captured is None and program.level == Level.CAPTURED:
@@ -112,7 +112,12 @@ def lower_program(
 
 
 def _describe(
-    program: Program, target: str, settings: SessionSettings, tuned: Tuned, inputs: Mapping[str, torch.Tensor]
+    program: Program,
+    target: str,
+    settings: SessionSettings,
+    tuned: Tuned,
+    forms: dict[str, dict[str, int]],
+    inputs: Mapping[str, torch.Tensor],
 ) -> Manifest:
     return Manifest(
         xformopt=importlib.metadata.version("xformopt"),
@@ -121,7 +126,7 @@ def _describe(
         model=_MODEL,
         precision=precision_of(program),
         session=settings,
-        forms=_forms_used(program, tuned),
+        forms=forms,
         tuning=tuned.records,
         tuned_at=program.bind(inputs) if tuned.records else {},
         fingerprint=program.fingerprint,
@@ -153,11 +158,6 @@ def _check_target(target: str) -> None:
     if target not in ARTIFACT_TARGETS:
         raise UsageError(f"There is no target {target!r} to lower to. Lower to one of: {', '.join(ARTIFACT_TARGETS)}.")
     (require_onnxruntime if target == "ort-cpu" else require_openvino)()
-
-
-def _forms_used(program: Program, tuned: Tuned) -> dict[str, str]:
-    operators = {operator.name for node in program.nodes() if (operator := find_operator(node.target))}
-    return {op: tuned.forms.get(op, forms_of(op)[0].name) for op in sorted(operators)} | tuned.forms
 
 
 def _check_parity(

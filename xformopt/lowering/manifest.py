@@ -105,7 +105,8 @@ class Manifest(_Model):
     outputs: tuple[OutputSpec, ...]
     dims: tuple[DimSpec, ...]
     session: SessionSettings = SessionSettings()
-    forms: dict[str, str] = Field(default_factory=dict)
+    # how many nodes of each operator took each form
+    forms: dict[str, dict[str, int]] = Field(default_factory=dict)
     tuning: tuple[TuningRecord, ...] = ()
     tuned_at: dict[str, int] = Field(default_factory=dict)
     fingerprint: str

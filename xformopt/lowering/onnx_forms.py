@@ -7,7 +7,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from xformopt.errors import LoweringError
 from xformopt.kernels.definition import load_operators
@@ -18,12 +18,19 @@ from xformopt.lowering.onnx_flatten import flatten_tokens
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Choice", "build_graph", "forms_of", "offered_forms"]
+__all__ = ["Built", "Choice", "build_graph", "forms_of", "offered_forms"]
 
 # form name by operator; an operator left out, or a node the form refuses, takes the first form that accepts
 Choice = Mapping[str, str]
 
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
+
+
+class Built(NamedTuple):
+    """A runnable model, and how many nodes of each operator took each form."""
+
+    model: ir.Model
+    forms: dict[str, dict[str, int]]
 
 
 @cache
@@ -36,7 +43,7 @@ def forms_of(operator: str) -> tuple[Form, ...]:
     return forms
 
 
-def build_graph(exported: Exported, choice: Choice, *, standard_only: bool = False) -> ir.Model:
+def build_graph(exported: Exported, choice: Choice, *, standard_only: bool = False) -> Built:
     """Return a model without xf nodes; the export itself is left as it is.
 
     Args:
@@ -50,7 +57,7 @@ def build_graph(exported: Exported, choice: Choice, *, standard_only: bool = Fal
     """
     expansion = _Expansion(exported, choice, standard_only).run()
     _clean_up(expansion.model)
-    return expansion.model
+    return Built(expansion.model, {operator: dict(count) for operator, count in sorted(expansion.used.items())})
 
 
 def offered_forms(exported: Exported, *, standard_only: bool = False) -> dict[str, tuple[str, ...]]:
@@ -71,6 +78,7 @@ class _Expansion:
         self.choice = choice
         self.standard_only = standard_only
         self.offered: dict[str, dict[str, None]] = {}
+        self.used: dict[str, Counter[str]] = {}
 
     def run(self) -> _Expansion:
         for node in list(self.model.graph):
@@ -103,7 +111,9 @@ class _Expansion:
             )
         self.offered.setdefault(view.operator, {}).update({form.name: None for form in accepted})
         wanted = self.choice.get(view.operator)
-        return next((form for form in accepted if form.name == wanted), accepted[0])
+        picked = next((form for form in accepted if form.name == wanted), accepted[0])
+        self.used.setdefault(view.operator, Counter())[picked.name] += 1
+        return picked
 
     def _replace(self, node: ir.Node, values: object) -> None:
         import onnx_ir as ir

@@ -159,7 +159,7 @@ class _Search:
         return base.model_copy(update={"ratio": round(ratio, 4), "relative_l2": gap, "kept": kept}), rival
 
     def _open(self, choice: Mapping[str, str]) -> OrtSession | None:
-        model = build_graph(self.exported, choice)
+        model = build_graph(self.exported, choice).model
         if (shape := _structure(model)) in self.seen:
             return None
         self.seen.add(shape)
