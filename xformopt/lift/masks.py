@@ -86,7 +86,8 @@ class _Trial:
         keeps = True
         if self.keys is not None:
             inverted = self._visible(0)
-            assert isinstance(inverted, torch.Tensor)
+            if not isinstance(inverted, torch.Tensor):
+                return inverted or "the mask cannot be computed where no key exists"
             if int(inverted.sum()) > int(plain.sum()):
                 plain, keeps = inverted, False
         if not torch.equal(plain, plain[:1, :1].expand_as(plain)):
@@ -182,12 +183,16 @@ def _probe_sizes(program: Program, mask: fx.Node) -> dict[str, int] | None:
     """Choose sizes beyond every integer constant of the mask's subgraph, within what the dimensions admit."""
     constants, parameters = _constants(program, mask)
     # a stored mask is as large as positions can get
-    beyond = min(max(constants, default=0) + 5, *parameters, 2**40)
+    beyond = min(max(constants, default=0) + 5 + len(program.dims), *parameters, 2**40)
     sizes: dict[str, int] = {}
     for index, name in enumerate(program.dims.names):
         wanted = _BATCH if index == 0 and name == "batch" else max(beyond, 9)
         dim = program.dims[name]
-        sizes[name] = max(dim.low, program.dims.largest(name, wanted))
+        size = max(dim.low, program.dims.largest(name, wanted))
+        # sequences of different length must not look alike
+        while size in sizes.values() and size > dim.low:
+            size -= 1
+        sizes[name] = size
     probe = Probe(program, sizes)
     elements = torch.Size(probe.shape(mask)).numel()
     return sizes if elements <= _MAX_ELEMENTS else None

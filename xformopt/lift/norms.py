@@ -31,12 +31,14 @@ def lift_norm(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
         return Reject(f"the norm is over {len(shape)} axes")
     if name == "layer_norm":
         given = dict(zip(("weight", "bias", "eps"), rest, strict=False))
-        return editor.call(xf.layer_norm, x, given.get("weight"), given.get("bias"), eps=given.get("eps", 1e-5))
+        affine = [given.get("weight"), given.get("bias")]
+        while affine and affine[-1] is None:
+            affine.pop()
+        return editor.call(xf.layer_norm, x, *affine, eps=given.get("eps", 1e-5))
     given = dict(zip(("weight", "eps"), rest, strict=False))
-    eps = given.get("eps")
-    return editor.call(
-        xf.rms_norm, x, given.get("weight"), eps=torch.finfo(value_of(x).dtype).eps if eps is None else eps
-    )
+    eps, weight = given.get("eps"), given.get("weight")
+    eps = torch.finfo(value_of(x).dtype).eps if eps is None else eps
+    return editor.call(xf.rms_norm, x, *([] if weight is None else [weight]), eps=eps)
 
 
 def lift_written_norm(editor: Editor, node: fx.Node) -> fx.Node | None:
