@@ -1,3 +1,5 @@
+"""Tiny models, a working directory of their own, and commands run in this process."""
+
 from __future__ import annotations
 
 import sys

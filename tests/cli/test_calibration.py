@@ -1,3 +1,5 @@
+"""Calibration data of every form becomes batches that fit, or one paragraph why not."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Every command does its job on a tiny model."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Recipes: what is saved is what is loaded, and every bad file says what is wrong with it."""
+
 from __future__ import annotations
 
 import sys

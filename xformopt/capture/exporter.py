@@ -115,9 +115,8 @@ def _plain_modules() -> Iterator[None]:
 
 
 def _export(model: torch.nn.Module, examples: dict[str, torch.Tensor], axes: Axes) -> torch.export.ExportedProgram:
-    auto = torch.export.Dim.AUTO
     shapes = {
-        name: {axis: auto for axis in range(value.dim()) if (name, axis) in axes.named} or None
+        name: {axis: torch.export.Dim.AUTO for axis in range(value.dim()) if (name, axis) in axes.named} or None
         for name, value in examples.items()
     }
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -117,7 +118,15 @@ def history_table(records: Sequence[Record]) -> Table:
 
 def rejected_table(records: Sequence[Record]) -> Table:
     """Tell why candidates were left as they are, by pass and reason."""
-    rows = [(record.name, count, reason) for record in records for reason, count in record.rejected]
+    grouped: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for record in records:
+        for reason, count in record.rejected:
+            # reasons that differ in nothing but the value they name are one reason
+            grouped.setdefault((record.name, re.sub(r"%[\w.]+", "%", reason)), []).append((reason, count))
+    rows = [
+        (name, sum(count for _, count in members), members[0][0] + (", and the like" if len(members) > 1 else ""))
+        for (name, _), members in grouped.items()
+    ]
     return table(["pass", "count", "left as it is because"], rows, right=("count",))
 
 
