@@ -30,8 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "files", "kernels"},
     "measure": {"errors", "files"},
     "lowering": {"errors", "files", "kernels", "program", "measure"},
-    "bench": {"errors", "files", "measure", "report.schema", "report.record"},
-    "bench_worker": {"errors", "files", "measure", "lowering", "program"},
+    "benchmark": {"errors", "files", "measure", "report.schema", "report.record"},
+    "benchmark_worker": {"errors", "files", "measure", "lowering", "program"},
     "report": ANYTHING,
     # the jobs as functions, and the parts they are made of
     **dict.fromkeys(("api", "comparison", "doctor", "inspection", "lineup", "original"), ANYTHING),
@@ -101,8 +101,8 @@ def test_imports_run_one_way(path: Path) -> None:
 
 def test_a_wrong_import_is_noticed() -> None:
     assert violations("kernels", iter([(3, "xformopt.program.Program")]))
-    assert violations("bench", iter([(1, "xformopt.report.html.render")]))
-    assert not violations("bench", iter([(1, "xformopt.report.schema.Bench")]))
+    assert violations("benchmark", iter([(1, "xformopt.report.html.render")]))
+    assert not violations("benchmark", iter([(1, "xformopt.report.schema.Bench")]))
     assert violations("passes", iter([(1, "xformopt.lowering.lower")]))
     assert not violations("passes", iter([(1, "torch.nn.Module"), (2, "xformopt.rewrite.Reject")]))
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import REQUIRED, WIDER, Family
+from family import Family
+from required_families import REQUIRED
 from torch.utils import _pytree as pytree
+from wider_families import WIDER
 
 CASES = [(family, how) for family in REQUIRED for how in family.only]
 MORE = [(family, how) for family in WIDER for how in family.only]

@@ -48,12 +48,13 @@ def capture(
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(f"A model is a torch module, an ExportedProgram or a name, not {type(model).__name__}.")
     if example_inputs is None:
-        if not callable(getattr(model, "example_inputs", None)):
+        make_inputs = getattr(model, "example_inputs", None)
+        if not callable(make_inputs):
             raise CaptureError(
                 f"Example inputs are needed to capture {type(model).__name__}: pass them, or give the module a method "
                 f"example_inputs()."
             )
-        example_inputs = model.example_inputs()
+        example_inputs = make_inputs()
     check_finite(model, type(model).__name__)
     return capture_module(model, example_inputs, dynamic)
 

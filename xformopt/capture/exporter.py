@@ -317,10 +317,9 @@ class _Builder:
     def _add_product(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         # baddbmm cannot be inferred where its first operand broadcasts over sizes that vary
         product, total = self._create(node, torch.ops.aten.bmm.default, args[1:3], {}), args[0]
-        if (alpha := kwargs.get("alpha", 1)) != 1:
-            product = self._create(node, torch.ops.aten.mul.Tensor, (product, alpha), {})
-        if (beta := kwargs.get("beta", 1)) != 1:
-            total = self._create(node, torch.ops.aten.mul.Tensor, (total, beta), {})
+        times = torch.ops.aten.mul.Tensor
+        product = self._create(node, times, (product, kwargs.get("alpha", 1)), {})
+        total = self._create(node, times, (total, kwargs.get("beta", 1)), {})
         return self._create(node, torch.ops.aten.add.Tensor, (total, product), {})
 
     def _infer(self, created: fx.Node, source: fx.Node) -> Any:
