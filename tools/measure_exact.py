@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 OPTIMIZER_TYPES = {"vit-b16": "vit", "deit-s": "vit", "gpt2": "gpt2", "llama-12": "gpt2"}
 
 
-def measure(name: str, folder: Path, rounds: int | None) -> None:
+def measure(name: str, folder: Path, rounds: int) -> None:
     """Build every candidate for one model and measure them in one run."""
     model, inputs = REFERENCE[name][0]()
     axes = dynamic_axes(name, inputs)
@@ -51,7 +51,9 @@ def measure(name: str, folder: Path, rounds: int | None) -> None:
     reference = {key: value.numpy() for key, value in program.run(inputs).items()}
     arrays = {key: value.numpy() for key, value in inputs.items()}
     del model, program, result, artifact
-    report = run_bench(candidates, arrays, reference, settings=BenchSettings(threads=2, rounds=rounds), source=name)
+    report = run_bench(
+        candidates, arrays, reference, settings=BenchSettings(threads=2, rounds=rounds, round_seconds=0.2), source=name
+    )
     RESULTS.mkdir(exist_ok=True)
     report.to_json(RESULTS / f"exact-{name}.json")
     for run in report.runs:
@@ -113,7 +115,7 @@ def main() -> None:
     """Parse the models to measure and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=[], metavar="MODEL", help=f"of {', '.join(REFERENCE)}")
-    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     for name in options.models or REFERENCE:
         with tempfile.TemporaryDirectory() as folder:

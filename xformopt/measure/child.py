@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,9 @@ _LAST_WORDS = 400
 
 class Child:
     """A Python module run in a process of its own, spoken to in JSON lines.
+
+    Between its answers the child is stopped: idle threads of a runtime spin for a while after their last work, and
+    would take a core from whoever is asked next.
 
     What the child writes to its standard error is kept aside; its last words go into the error if it dies.
 
@@ -54,6 +58,7 @@ class Child:
 
         """
         assert self._process.stdin is not None
+        self._signal("SIGCONT")
         try:
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self._process.stdin.flush()
@@ -68,6 +73,7 @@ class Child:
             line = None
         if line is None:
             raise MeasurementError(self._obituary(command))
+        self._signal("SIGSTOP")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise MeasurementError(str(answer["error"]))
@@ -75,6 +81,7 @@ class Child:
 
     def close(self) -> None:
         """End the process, kindly at first."""
+        self._signal("SIGCONT")
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
@@ -84,6 +91,11 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._stderr.close()
+
+    def _signal(self, name: str) -> None:
+        # only POSIX systems can stop a process; elsewhere the pause between rounds must do
+        if hasattr(signal, name) and self._process.poll() is None:
+            self._process.send_signal(getattr(signal, name))
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
