@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -352,6 +353,7 @@ def _run(entry: _Entry, bench: _Bench, shape: tuple[int | None, int | None], pea
         return run
     run.latency_ms = latency(entry.rounds, bench.settings.seed)
     run.samples_ms = [round(sample, 6) for samples in entry.rounds for sample in samples]
+    run.round_p50_ms = [round(statistics.median(samples), 6) for samples in entry.rounds]
     run.load_ms, run.first_run_ms = opened["load_ms"], opened["first_run_ms"]
     run.peak_memory_bytes, run.base_memory_bytes = entry.peak_memory_bytes, opened["base_memory_bytes"]
     run.fidelity = FidelityRecord(**opened["fidelity"]) if opened["fidelity"] else None

@@ -109,6 +109,8 @@ class Run(_Record):
     threads: int | None = None
     precision: str | None = None
     samples_ms: list[float] | None = None
+    # the median of each round: rounds of a comparison are interleaved, so runs pair by round
+    round_p50_ms: list[float] | None = None
     operators: list[OperatorShare] | None = None
     nodes: list[NodeTime] | None = None
     roofline: Roofline | None = None
