@@ -55,13 +55,11 @@ def results_table() -> str:
         rounds = {run["name"]: run["round_p50_ms"] for run in report["runs"] if run["latency_ms"]}
         ratios = [f"{best_ratio(rounds, peer):.2f}" for peer in ("onnxruntime", "openvino")]
         lines.append(f"| {title} | " + " | ".join([*cells, *ratios]) + " |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Measured on {machine} by `tools/measure_exact.py`; a ratio below 1 means ours is faster;\nit is the median over rounds of the ratio within a round, since the machine's speed drifts.",
-        ]
+    closing = (
+        f"Measured on {machine} by `tools/measure_exact.py`. A ratio below 1 means ours is faster; it is the median over "
+        "rounds of the ratio within a round, since the speed of the machine drifts."
     )
+    return "\n".join([*lines, "", closing])
 
 
 def best_ratio(rounds: dict[str, list[float]], peer: str) -> float:
