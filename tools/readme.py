@@ -56,8 +56,8 @@ def results_table() -> str:
         ratios = [f"{best_ratio(rounds, peer):.2f}" for peer in ("onnxruntime", "openvino")]
         lines.append(f"| {title} | " + " | ".join([*cells, *ratios]) + " |")
     closing = (
-        f"Measured on {machine} by `tools/measure_exact.py`. A ratio below 1 means ours is faster; it is the median over "
-        "rounds of the ratio within a round, since the speed of the machine drifts."
+        f"Measured on {machine} by `tools/measure_exact.py`. A ratio below 1 means ours is faster; it is the median "
+        "over rounds of the ratio within a round, since the speed of the machine drifts."
     )
     return "\n".join([*lines, "", closing])
 

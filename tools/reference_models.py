@@ -22,6 +22,7 @@ class _Flat(torch.nn.Module):
         self.model = model
         self.names = names
         self.output = output
+        self.eval()
 
 
 class TextModel(_Flat):

@@ -53,7 +53,7 @@ def capture_module(
         CaptureError: with one paragraph that names the module and line that cannot be captured, and what to change.
 
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         examples = bind_examples(model, example_inputs)
@@ -63,7 +63,8 @@ def capture_module(
             exported = _export(model, traced, axes)
             names = list(output_names or name_outputs(_forward(model, traced)))
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     return capture_exported(exported, axes, names, examples, name or type(model).__name__)
 
 
