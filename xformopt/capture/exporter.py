@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -110,7 +112,10 @@ def _plain_modules() -> Iterator[None]:
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with warnings.catch_warnings():
+            # caches that a module fills while it runs
+            warnings.filterwarnings("ignore", message=".*assigned during export")
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
@@ -279,7 +284,7 @@ class _Builder:
         if node.op == "placeholder":
             return self._input(str(node.target), node.meta["val"].dtype)
         if node.op == "get_attr":
-            value = _attribute(module, str(node.target))
+            value = attrgetter(str(node.target))(module)
             return self._parameter(str(node.target), value) if isinstance(value, torch.Tensor) else value
         if node.op == "call_module":
             raise CaptureError(f"The export left a call of the module {node.target}, which a Program cannot hold.")
@@ -384,13 +389,6 @@ def mark_valid(program: Program) -> tuple[Output, ...]:
         means = "padding" if mask and "padding" in mask.name else "keep"
         marked.append(Output(output.name, mask.name if mask else None, means))
     return tuple(marked)
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _module_path(node: fx.Node) -> str:
