@@ -14,7 +14,7 @@ from xformopt.lift.probe import Probe, constant_factor, movement_chain, operator
 from xformopt.program import Shape, shape_of, value_of
 from xformopt.rewrite import Editor
 
-__all__ = ["Heads", "find_heads", "merge_heads", "split_heads", "take_channels"]
+__all__ = ["Heads", "find_heads", "split_heads", "take_channels"]
 
 aten = torch.ops.aten
 
@@ -137,8 +137,3 @@ def split_heads(editor: Editor, merged: fx.Node, heads: int) -> fx.Node:
     """``[B, T, H * D]`` to ``[B, H, T, D]``."""
     parts = editor.call(aten.unflatten.int, merged, 2, [heads, int(value_of(merged).shape[2]) // heads])
     return editor.call(aten.transpose.int, parts, 1, 2)
-
-
-def merge_heads(editor: Editor, parts: fx.Node) -> fx.Node:
-    """``[B, H, T, D]`` to ``[B, T, H * D]``."""
-    return editor.call(aten.flatten.using_ints, editor.call(aten.transpose.int, parts, 1, 2), 2, 3)

@@ -20,7 +20,7 @@ from xformopt.program import Level, Program, interpret, valid_positions
 from xformopt.rewrite import Rule
 from xformopt.verify import check
 
-__all__ = ["Lift", "Pipeline", "PipelineResult", "Record"]
+__all__ = ["Lift", "Pipeline", "PipelineResult", "Record", "describe"]
 
 # end-to-end drift of an exact pass that leaves no record of single rewrites
 _EXACT_DRIFT = 1e-5
