@@ -17,8 +17,8 @@ import torch
 
 TOOLS = Path(__file__).parent
 sys.path += [str(TOOLS), str(TOOLS.parent / "tests" / "support")]
-from families import REQUIRED  # noqa: E402
 from reference_models import REFERENCE, dynamic_axes  # noqa: E402
+from required_families import REQUIRED  # noqa: E402
 
 import xformopt as xo  # noqa: E402
 from xformopt.analysis import cost  # noqa: E402
