@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
+
 import xformopt.kernels
 
 __all__ = ["Operator", "find_operator", "load_operators", "xf"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from xformopt.kernels.activation.reference import FUNCTIONS, activation
 from xformopt.kernels.definition import Operator
 

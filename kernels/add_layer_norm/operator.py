@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from xformopt.kernels.add_layer_norm.reference import add_layer_norm
 from xformopt.kernels.definition import Operator
 

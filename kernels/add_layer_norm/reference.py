@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from xformopt.kernels.layer_norm import layer_norm
 
 __all__ = ["add_layer_norm"]

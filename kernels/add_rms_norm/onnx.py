@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from xformopt.kernels.add_layer_norm.onnx import same_shapes
 from xformopt.kernels.onnx_form import CONTRIB, Builder, Form, XfNode
 

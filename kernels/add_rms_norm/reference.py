@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from xformopt.kernels.rms_norm import rms_norm
 
 __all__ = ["add_rms_norm"]

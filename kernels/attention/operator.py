@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from xformopt.kernels.attention.reference import attention
 from xformopt.kernels.definition import Operator
 

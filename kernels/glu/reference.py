@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from xformopt.kernels.activation import activation
 
 __all__ = ["glu"]

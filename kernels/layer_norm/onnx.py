@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
 
 if TYPE_CHECKING:

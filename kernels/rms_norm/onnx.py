@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from xformopt.kernels.layer_norm.onnx import in_groups
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
 

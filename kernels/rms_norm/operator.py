@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from xformopt.kernels.definition import Operator
 from xformopt.kernels.rms_norm.reference import rms_norm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from xformopt.kernels.onnx_form import Builder, Form, Verdict, XfNode
 
 if TYPE_CHECKING:

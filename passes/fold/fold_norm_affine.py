@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import torch
 from torch import fx
-from xformopt.passes.weights import LinearParts, is_linear, linear_parts, replace_linear, shared_parameter
 
 from xformopt.match import arguments, is_call, is_returned, operand, readers, xf
+from xformopt.passes.weights import LinearParts, is_linear, linear_parts, replace_linear, shared_parameter
 from xformopt.pipeline import Context, RewritePass
 from xformopt.program import Program
 from xformopt.program.text import target_name

@@ -16,9 +16,9 @@ from typing import ClassVar
 
 import torch
 from torch import fx
-from xformopt.passes.weights import is_linear, linear_parts, replace_linear, shared_parameter
 
 from xformopt.match import arguments, call_with, is_call, is_returned, operand, readers, xf
+from xformopt.passes.weights import is_linear, linear_parts, replace_linear, shared_parameter
 from xformopt.pipeline import Context, RewritePass
 from xformopt.program import Program, shape_of, value_of
 from xformopt.rewrite import Editor, Reject, Rule

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
-from xformopt.passes.weights import is_linear
 
 from xformopt.match import arguments, is_call, is_returned, xf
+from xformopt.passes.weights import is_linear
 from xformopt.pipeline import Context, RewritePass
 from xformopt.program import Level, Program
 from xformopt.rewrite import Editor, Reject, Rule

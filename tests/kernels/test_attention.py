@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from xformopt.kernels.attention import attention, visible_keys
 from xformopt.kernels.definition import xf
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from xformopt.kernels.definition import Operator, find_operator, load_operators, xf
 
 DOUBLE = torch.float64

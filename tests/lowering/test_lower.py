@@ -111,7 +111,6 @@ def test_a_missing_runtime_names_its_extra(encoder: Program, monkeypatch: pytest
 def test_a_result_that_differs_is_refused(encoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     from xformopt.kernels.activation import onnx as forms
     from xformopt.kernels.onnx_form import Form
-
     from xformopt.lowering import onnx_forms
 
     wrong = (Form("wrong", lambda b, node: b.op("Relu", node["x"])),)

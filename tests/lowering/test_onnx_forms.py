@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from xformopt.kernels.definition import load_operators
 
+from xformopt.kernels.definition import load_operators
 from xformopt.lowering.onnx_export import Exported, export_onnx
 from xformopt.lowering.onnx_forms import build_graph, forms_of, offered_forms
 from xformopt.program import Program

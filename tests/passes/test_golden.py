@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx
-from xformopt.passes import parse_pass, pass_files
 
+from xformopt.passes import parse_pass, pass_files
 from xformopt.pipeline import Context, PassResult
 from xformopt.program import Program
 from xformopt.program.text import canonical_text

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from xformopt.passes import parse_pass
 
 from xformopt.capture.exporter import capture_module
+from xformopt.passes import parse_pass
 from xformopt.pipeline import Context
 from xformopt.program import Program
 from xformopt.program.text import target_name

@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import ClassVar, Literal
 
 import pytest
-from xformopt.passes import build_pass, find_pass, format_pass, list_passes, parse_pass, pass_files
 
 from xformopt.errors import PassError, UsageError
+from xformopt.passes import build_pass, find_pass, format_pass, list_passes, parse_pass, pass_files
 from xformopt.pipeline import Context, Pass, PassResult
 from xformopt.program import Program
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from xformopt.passes import parse_pass
-
 from xformopt.pipeline import Pipeline
 from xformopt.program import Program
 

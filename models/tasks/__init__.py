@@ -1,0 +1,1 @@
+"""Tasks: real or faithfully generated data, a metric, and models trained on it."""
