@@ -38,9 +38,6 @@ def deviations(name: str) -> list[dict[str, object]]:
     rows = []
     for batch in BATCHES:
         for length in dict.fromkeys((*LENGTHS, longest)) if REFERENCE[name][1] else (None,):
-            # three rows of the longest length would need gigabytes of logits and show nothing new
-            if length == longest and batch > 1 and longest > 512:
-                continue
             for padding in ("none", "left", "right") if length not in (None, 1) else ("none",):
                 sizes = {"batch": batch} | ({"length": length} if length else {})
                 found = compare(model, program, artifact, sizes, padding)
