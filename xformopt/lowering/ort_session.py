@@ -51,9 +51,14 @@ class OrtSession:
     ) -> None:
         self.path, self.settings, self.threads = path, settings, threads
         self.is_rival = is_rival
-        self._session = self._open(None)
+        self._session: Any = self._open(None)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
+
+    def reopen(self) -> None:
+        """Open the model anew, in other memory; the old session goes first, so that there is room for one."""
+        self._session = None
+        self._session = self._open(None)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; inputs that the model does not read may be left out or given."""

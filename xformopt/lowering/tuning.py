@@ -155,7 +155,8 @@ class _Search:
             return base.model_copy(update={"relative_l2": gap, "note": note}), None
         ratio, kept = self._compare(best, rival)
         if kept:
-            best, rival = self._reopened(best), self._reopened(rival)
+            best.reopen()
+            rival.reopen()
             again, kept = self._compare(best, rival)
             ratio = max(ratio, again)
         return base.model_copy(update={"ratio": round(ratio, 4), "relative_l2": gap, "kept": kept}), rival
@@ -165,13 +166,7 @@ class _Search:
         if (shape := _structure(model)) in self.seen:
             return None
         self.seen.add(shape)
-        return self._session(self.candidates.write(model))
-
-    def _reopened(self, session: OrtSession) -> OrtSession:
-        return self._session(session.path)
-
-    def _session(self, path: Path) -> OrtSession:
-        return OrtSession(path, self.settings, threads=self.threads, is_rival=True)
+        return OrtSession(self.candidates.write(model), self.settings, threads=self.threads, is_rival=True)
 
     def _compare(self, best: OrtSession, rival: OrtSession) -> tuple[float, bool]:
         """Return the rival's time over the best's (median of rounds), and whether it is clearly faster."""
