@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xformopt.files import cache_folder
 from xformopt.measure.machine import Machine, describe_machine
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -75,8 +76,6 @@ def diagnose() -> Diagnosis:
 
 
 def _cache() -> dict[str, Any]:
-    from xformopt.lowering.tuning import cache_folder
-
     folder = cache_folder()
     sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
     nearest = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("/"))

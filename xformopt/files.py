@@ -1,4 +1,4 @@
-"""Owns how output reaches the disk: written beside its destination, synced, renamed, or not at all."""
+"""Owns how output reaches the disk, whole or not at all, and where xformopt keeps things between runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from pathlib import Path
 
 from xformopt.errors import OutputError
 
-__all__ = ["check_output", "staged_directory", "staged_file", "write_atomically"]
+__all__ = ["cache_folder", "check_output", "staged_directory", "staged_file", "write_atomically"]
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def cache_folder() -> Path:
+    """Return where answers are kept between runs: the user's cache folder, or the folder ``XFORMOPT_CACHE`` names."""
+    import platformdirs
+
+    named = os.environ.get("XFORMOPT_CACHE")
+    return Path(named) if named else platformdirs.user_cache_path("xformopt")
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> None:

@@ -7,23 +7,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from xformopt.kernels.definition import load_operators
+from xformopt.kernels.definition import xf
 from xformopt.rewrite import Editor
 
 __all__ = ["arguments", "call_with", "is_call", "is_returned", "operand", "readers", "xf"]
-
-
-class _Dialect:
-    """The operators of the xf dialect by name, registered when the first is asked for."""
-
-    def __getattr__(self, name: str) -> torch._ops.OpOverload:
-        operators = load_operators()
-        if name not in operators:
-            raise AttributeError(f"there is no operator xf.{name}")
-        return operators[name].overload
-
-
-xf = _Dialect()
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -29,6 +29,8 @@ ASSUMPTION = "no-padding"
 class FoldMasks(RewritePass):
     """Drop masks that only tell padding from tokens."""
 
+    assumptions = (ASSUMPTION,)
+
     def rules(self, program: Program, context: Context) -> Sequence[Rule]:
         """Return the rules; they refuse unless the user vouches for inputs without padding."""
         stated = ASSUMPTION in context.assume

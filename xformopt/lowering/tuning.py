@@ -1,7 +1,6 @@
 """Which form of each operator is fastest here: whole sessions timed against each other, one operator at a time.
 
-The answer is kept for each machine, program structure and size in the user's cache folder (or in the folder that
-``XFORMOPT_CACHE`` names).
+The answer is kept for each machine, program structure and size in the cache folder.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 
 from xformopt.errors import ArtifactError, OutputError
-from xformopt.files import write_atomically
+from xformopt.files import cache_folder, write_atomically
 from xformopt.lowering.manifest import SessionSettings, TuningRecord
 from xformopt.lowering.onnx_export import Exported
 from xformopt.lowering.onnx_files import CandidateFolder
@@ -35,7 +33,7 @@ from xformopt.program.text import canonical_text
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Progress", "Tuned", "cache_folder", "choose_forms"]
+__all__ = ["Progress", "Tuned", "choose_forms"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -221,14 +219,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def cache_folder() -> Path:
-    """Return where answers are kept between runs."""
-    import platformdirs
-
-    named = os.environ.get("XFORMOPT_CACHE")
-    return Path(named) if named else platformdirs.user_cache_path("xformopt")
 
 
 def _cache_key(exported: Exported, inputs: Mapping[str, torch.Tensor], settings: SessionSettings, threads: int) -> str:

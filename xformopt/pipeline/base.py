@@ -51,12 +51,17 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """A transformation of Programs.  Subclasses are frozen dataclasses; their fields are the options."""
+    """A transformation of Programs.  Subclasses are frozen dataclasses; their fields are the options.
+
+    A pass that is right only under a fact about the inputs lists it in ``assumptions``, and refuses unless it is
+    stated.
+    """
 
     effect: ClassVar[Effect] = "exact"
     takes: ClassVar[Level] = Level.LIFTED
     leaves: ClassVar[Level] = Level.LIFTED
     sources: ClassVar[tuple[str, ...]] = ()
+    assumptions: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch import fx
 
+from xformopt.files import cache_folder
 from xformopt.pipeline.numeric import Deviation
 from xformopt.program.text import target_name
 from xformopt.rewrite import Region
@@ -22,7 +22,7 @@ def save_failure(name: str, deviation: Deviation) -> Path | None:
 
     texts = {"before": _text(deviation.fired.before), "after": _text(deviation.fired.after)}
     digest = hashlib.blake2b("".join(texts.values()).encode(), digest_size=4).hexdigest()
-    folder = Path(platformdirs.user_cache_dir("xformopt")) / "failures" / f"{name}-{digest}"
+    folder = cache_folder() / "failures" / f"{name}-{digest}"
     tensors: dict[str, torch.Tensor] = {}
     for region in (deviation.fired.before, deviation.fired.after):
         tensors |= {f"parameter.{key}": value for key, value in region.parameters.items()}

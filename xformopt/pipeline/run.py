@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xformopt.errors import PassError, ProgramError, VerificationError, XformoptError
+from xformopt.errors import PassError, ProgramError, UsageError, VerificationError, XformoptError
 from xformopt.lift import lifting_rules
 from xformopt.pipeline.base import Context, Pass, PassResult, RewritePass
 from xformopt.pipeline.failure import save_failure
@@ -119,13 +119,16 @@ class Pipeline:
             progress: Called with (what, done, total).
 
         Raises:
+            UsageError: no pass asks for an assumed fact.
             VerificationError: an exact pass changed the function; both sides of the rewrite are saved.
             PassError: a pass failed, or left an invalid program.
         """
+        assumed = frozenset(assume)
+        self._check_assumptions(assumed)
         batches = tuple(dict(batch) for batch in calibration)
         for batch in batches:
             program.bind(batch)
-        context = Context(batches, target, seed, frozenset(assume), progress)
+        context = Context(batches, target, seed, assumed, progress)
         steps: list[Pass] = [*([Lift()] if program.level == Level.CAPTURED else []), *self.passes]
         run = _Run(self, context, measure, program, edge_cases(program, batches, seed=seed))
         for index, step in enumerate(steps):
@@ -135,6 +138,14 @@ class Pipeline:
                 observe(record, run.program)
         progress("done", len(steps), len(steps))
         return PipelineResult(run.program, program, tuple(run.history))
+
+    def _check_assumptions(self, assumed: frozenset[str]) -> None:
+        asked = sorted({fact for step in self.passes for fact in step.assumptions})
+        if unknown := sorted(assumed - set(asked)):
+            raise UsageError(
+                f"No pass asks whether {' or '.join(map(repr, unknown))} holds, so that assuming it says nothing. "
+                f"Facts that these passes ask for: {', '.join(asked) or 'none'}."
+            )
 
 
 @dataclass
