@@ -37,6 +37,15 @@ class Lift(RewritePass):
         """Return the rules of every operator family."""
         return lifting_rules(program)
 
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Apply the rules; where nothing is to be lifted, the program is a lifted one as it stands."""
+        result = super().run(program, context)
+        if result.changed:
+            return result
+        lifted = program.copy()
+        lifted.level = self.leaves
+        return replace(result, program=lifted, changed=True)
+
 
 @dataclass(frozen=True)
 class Record:
