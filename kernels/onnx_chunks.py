@@ -13,7 +13,7 @@ from xformopt.kernels.onnx_form import Builder
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["from_chunks", "heads_in_chunks", "product_with_transposed", "running_sum", "states", "zeros_like_state"]
+__all__ = ["first_state", "from_chunks", "heads_in_chunks", "product_with_transposed", "running_sum", "states"]
 
 
 def heads_in_chunks(b: Builder, value: ir.Value, heads: int, depth: int) -> ir.Value:
@@ -42,19 +42,18 @@ def running_sum(b: Builder, value: ir.Value, axis: int, *, exclusive: bool = Fal
     return b.op("CumSum", value, b.constant(axis, np.int64), exclusive=int(exclusive))
 
 
-def zeros_like_state(b: Builder, added: ir.Value) -> ir.Value:
-    """Return zeros ``[B, H, D, E]`` for ``added [B, H, N, D, E]``."""
-    shape = b.op("Shape", added)
-    parts = (b.op("Slice", shape, *(b.constant([at], np.int64) for at in ends)) for ends in ((0, 2), (3, 5)))
-    zeros = b.op("Expand", b.scalar(0.0, added), b.op("Concat", *parts, axis=0))
-    zeros.type = added.type
+def first_state(b: Builder, like: ir.Value, *sizes: int) -> ir.Value:
+    """Return zeros ``[B, sizes...]`` with the batch and the type of ``like``: the state before the first token."""
+    shape = b.op("Concat", b.op("Shape", like, start=0, end=1), b.constant(sizes, np.int64), axis=0)
+    zeros = b.op("Expand", b.scalar(0.0, like), shape)
+    zeros.type = like.type
     return zeros
 
 
-def states(b: Builder, added: ir.Value, decay: ir.Value) -> ir.Value:
+def states(b: Builder, added: ir.Value, decay: ir.Value, *sizes: int) -> ir.Value:
     """Return the state before each chunk, one step of a Scan for each chunk.
 
-    ``added [B, H, N, D, E]``, ``decay [B, H, N, D or 1, 1]``, both with types; see ``xformopt.kernels.chunks.states``.
+    ``added [B, H, N, D, E]``, ``decay [B, H, N, D or 1, 1]``, both with types; ``sizes`` are H, D and E.
     """
 
     def step(
@@ -62,5 +61,5 @@ def states(b: Builder, added: ir.Value, decay: ir.Value) -> ir.Value:
     ) -> tuple[list[ir.Value], list[ir.Value]]:
         return [inner.op("Add", inner.op("Mul", item[1], state[0]), item[0])], [state[0]]
 
-    _, (before,) = b.scan(step, [zeros_like_state(b, added)], [added, decay], axis=2)
+    _, (before,) = b.scan(step, [first_state(b, added, *sizes)], [added, decay], axis=2)
     return before

@@ -154,8 +154,10 @@ class Builder:
         entries = [ir.Value(name=f"in.{i}", type=value.type) for i, value in enumerate([*states, *items])]
         inner.graph.inputs.extend(entries)
         kept, results = body(inner, entries[: len(states)], entries[len(states) :])
-        # a value goes in or out once: what the body hands through gets a node of its own
-        leaving = [inner.op("Identity", value) for value in (*kept, *results)]
+        leaving: list[ir.Value] = []
+        for value in (*kept, *results):
+            # a value goes in or out once: what the body hands through gets a node of its own
+            leaving.append(inner.op("Identity", value) if value in entries or value in leaving else value)
         for value, like in zip(leaving, [*states, *(items[0] for _ in results)], strict=True):
             value.type = like.type
         inner.graph.outputs.extend(leaving)

@@ -32,7 +32,7 @@ def chunked(b: Builder, node: XfNode) -> ir.Value:
     total = b.op("Gather", since_start, b.constant(CHUNK - 1, np.int64), axis=3)  # [B, H, N, D]
     left = b.op("Unsqueeze", b.op("Exp", total), b.constant([-1], np.int64))
     added.type = left.type = node["q"].type
-    reading = b.op("MatMul", b.op("Mul", q, b.op("Exp", since_start)), states(b, added, left))
+    reading = b.op("MatMul", b.op("Mul", q, b.op("Exp", since_start)), states(b, added, left, heads, D, E))
     return from_chunks(b, b.op("Add", out, reading), node["q"], width)
 
 

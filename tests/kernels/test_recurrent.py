@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from xformopt.kernels import delta_rule as delta
 from xformopt.kernels import gated_linear_attention as gla
 from xformopt.kernels import linear_attention as linear
 from xformopt.kernels import retention as ret
+from xformopt.kernels import rwkv as wkv
+from xformopt.kernels import selective_scan as scan
+from xformopt.kernels import ssd as duality
 from xformopt.kernels.definition import Operator, load_operators, xf
 
 Tensors = tuple[torch.Tensor, ...]
@@ -24,13 +28,12 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 class Case:
     """One use of an operator.
 
-    ``inputs(B, T, strong)`` draws its arguments, with decays that all but erase a state where ``strong``; the first
-    ``sequences`` of them run over time.  ``initial`` is the state before the first token, given the arguments.
+    ``inputs(B, T, strong)`` draws its arguments, with decays that all but erase a state where ``strong``; those with
+    three axes run over time.  ``initial`` is the state before the first token, given the arguments.
     """
 
     name: str
     inputs: Callable[[int, int, bool], Tensors]
-    sequences: int
     step: Callable[..., Any]
     initial: Callable[[Tensors], Any]
     masked: Callable[..., torch.Tensor] | None
@@ -50,9 +53,23 @@ def qkv(B: int, T: int) -> Tensors:
     return randn(B, T, HEADS * D), randn(B, T, HEADS * D), randn(B, T, HEADS * E)
 
 
+def unit_keys(B: int, T: int) -> Tensors:
+    """Keys of length one, all of a head nearly the same: what a state holds is overwritten again and again."""
+    q, k, v = qkv(B, T)
+    k = (1 + 0.3 * k).unflatten(-1, (HEADS, D))
+    return q, (k / k.norm(dim=-1, keepdim=True)).flatten(-2), v
+
+
 def decays(strong: bool, *shape: int) -> torch.Tensor:
     """Log decays: mild, or from nearly none to a factor of 1e-26 a token."""
     return -torch.rand(*shape, dtype=DOUBLE) * (60.0 if strong else 0.5)
+
+
+def space(B: int, T: int, strong: bool, channels: int, heads: int, *rates: int) -> Tensors:
+    """Inputs, step sizes, rates, writing, reading (states of 3, two groups of them for heads) and what goes past."""
+    states = 3 if len(rates) == 2 else 2 * 3
+    x, dt = randn(B, T, channels), torch.rand(B, T, heads, dtype=DOUBLE)
+    return x, dt, decays(strong, *rates), randn(B, T, states), randn(B, T, states), randn(rates[0])
 
 
 def zeros(*shape: int) -> Callable[[Tensors], torch.Tensor]:
@@ -67,7 +84,6 @@ CASES = {
     "retention": Case(
         "retention",
         lambda B, T, strong: (*qkv(B, T), decays(strong, HEADS)),
-        3,
         ret.retention_step,
         zeros(HEADS, D, E),
         ret.retention_masked,
@@ -77,17 +93,58 @@ CASES = {
     "gated": Case(
         "gated_linear_attention",
         lambda B, T, strong: (*qkv(B, T), decays(strong, B, T, HEADS * D)),
-        4,
         gla.gated_linear_attention_step,
         zeros(HEADS, D, E),
         gla.gated_linear_attention_masked,
         2 * PADDED * HEADS * (65 * (D + E) // 2 + 2 * D * E),
         {"heads": HEADS, "scale": 0.7},
     ),
+    "delta": Case(
+        "delta_rule",
+        lambda B, T, strong: (*unit_keys(B, T), torch.rand(B, T, HEADS, dtype=DOUBLE) * (2 if strong else 1)),
+        delta.delta_rule_step,
+        zeros(HEADS, D, E),
+        delta.delta_rule_masked,
+        PADDED * HEADS * (4 * 64 * D + 64 * (D + E) + 2 * 64 * E + 6 * D * E),
+        {"heads": HEADS, "scale": 0.7},
+    ),
+    "ssd": Case(
+        "ssd",
+        lambda B, T, strong: space(B, T, strong, 4 * E, 4, 4),
+        duality.ssd_step,
+        zeros(4, 3, E),
+        duality.ssd_masked,
+        2 * PADDED * (2 * 64 * 3 + 4 * (64 * E + 2 * 3 * E)),
+        {"heads": 4, "groups": 2},
+    ),
+    "ssd, one group": Case(
+        "ssd",
+        lambda B, T, strong: space(B, T, strong, 2 * E, 2, 2)[:5],
+        duality.ssd_step,
+        zeros(2, 6, E),
+        duality.ssd_masked,
+        2 * PADDED * (64 * 6 + 2 * (64 * E + 2 * 6 * E)),
+        {"heads": 2},
+    ),
+    "selective scan": Case(
+        "selective_scan",
+        lambda B, T, strong: space(B, T, strong, E, E, E, 3),
+        scan.selective_scan_step,
+        zeros(E, 3),
+        scan.selective_scan_masked,
+        7 * 2 * 5 * E * 3,
+    ),
+    "rwkv": Case(
+        "rwkv",
+        lambda B, T, strong: (randn(B, T, E) * (200 if strong else 1), randn(B, T, E), decays(strong, E), randn(E)),
+        wkv.rwkv_step,
+        lambda arguments: wkv.rwkv_start(arguments[0][:, 0]),
+        wkv.rwkv_masked,
+        37 * 2 * 5 * E,
+    ),
     "linear, elu": Case(
         "linear_attention",
         lambda B, T, strong: qkv(B, T),
-        3,
         linear.linear_attention_step,
         zeros(HEADS, D, E + 1),
         linear.linear_attention_masked,
@@ -97,7 +154,6 @@ CASES = {
     "linear, given": Case(
         "linear_attention",
         lambda B, T, strong: tuple(x.abs() for x in qkv(B, T)),
-        3,
         linear.linear_attention_step,
         zeros(HEADS, D, E + 1),
         linear.linear_attention_masked,
@@ -107,7 +163,6 @@ CASES = {
     "linear, no sum": Case(
         "linear_attention",
         lambda B, T, strong: qkv(B, T),
-        3,
         linear.linear_attention_step,
         zeros(HEADS, D, E),
         linear.linear_attention_masked,
@@ -126,7 +181,7 @@ def by_steps(case: Case, arguments: Tensors) -> torch.Tensor:
     state = case.initial(arguments)
     outputs = []
     for t in range(arguments[0].shape[1]):
-        token = [x[:, t] if i < case.sequences else x for i, x in enumerate(arguments)]
+        token = [x[:, t] if x.dim() == 3 else x for x in arguments]
         state, output = case.step(state, *token, **options)
         outputs.append(output)
     return torch.stack(outputs, 1)
@@ -217,6 +272,19 @@ def fake(*shapes: tuple[int, ...]) -> Tensors:
             lambda: xf.gated_linear_attention(*fake((1, 5, 6), (1, 5, 6), (1, 5, 6), (1, 5, 2)), heads=2),
             "not one gate for each channel",
         ),
+        (
+            lambda: xf.delta_rule(*fake((1, 5, 6), (1, 5, 6), (1, 5, 6), (1, 5, 6)), heads=2),
+            "not one beta for each head",
+        ),
+        (
+            lambda: xf.ssd(*fake((1, 5, 6), (1, 5, 3), (2,), (1, 5, 4), (1, 5, 4)), heads=2),
+            "not one step size for each head",
+        ),
+        (
+            lambda: xf.selective_scan(*fake((1, 5, 6), (1, 5, 6), (6, 3), (1, 5, 4), (1, 5, 4))),
+            "disagree on the size of a state",
+        ),
+        (lambda: xf.rwkv(*fake((1, 5, 6), (1, 5, 6), (6,), (5,))), "a channel has no decay or no bonus"),
         (
             lambda: xf.linear_attention(*fake((1, 5, 6), (1, 7, 6), (1, 7, 6)), heads=2, causal=True),
             "one key for each query",

@@ -31,6 +31,39 @@ BODIES = {
 %gate: f32[batch,length,6] = aten.mul.Scalar(%kept) {other=SLOPE}
 %o: f32[batch,length,10] = xf.gated_linear_attention(%q, %k, %v, %gate) {heads=2, scale=0.4}
 """,
+    "delta rule": """%near: f32[batch,length,6] = aten.add.Scalar(%k) {other=2.0}
+%unit: f32[batch,length,6] = xf.rms_norm(%near) {eps=1e-6, groups=2}
+%key: f32[batch,length,6] = aten.mul.Scalar(%unit) {other=0.5773502691896258}
+%two: f32[batch,length,2] = aten.slice.Tensor(%v) {dim=2, end=2}
+%half: f32[batch,length,2] = aten.sigmoid(%two)
+%beta: f32[batch,length,2] = aten.mul.Scalar(%half) {other=2.0}
+%o: f32[batch,length,10] = xf.delta_rule(%q, %key, %v, %beta) {heads=2, scale=0.4}
+""",
+    "ssd": """param %d: f32[2]
+%rates: f32[batch,length,2] = aten.slice.Tensor(%v) {dim=2, end=2}
+%dt: f32[batch,length,2] = aten.sigmoid(%rates)
+param %rate: f32[2]
+%size: f32[2] = aten.abs(%rate)
+%a: f32[2] = aten.mul.Scalar(%size) {other=SLOPE}
+%one: f32[batch,length,10] = xf.ssd(%v, %dt, %a, %q, %k, %d) {heads=2}
+%two: f32[batch,length,10] = xf.ssd(%v, %dt, %a, %q, %k) {heads=2, groups=2}
+%o: f32[batch,length,10] = aten.add.Tensor(%one, %two)
+""",
+    "selective scan": """param %d: f32[10]
+param %rate: f32[10,6]
+%dt: f32[batch,length,10] = aten.sigmoid(%v)
+%size: f32[10,6] = aten.abs(%rate)
+%a: f32[10,6] = aten.mul.Scalar(%size) {other=SLOPE}
+%o: f32[batch,length,10] = xf.selective_scan(%v, %dt, %a, %q, %k, %d)
+""",
+    "rwkv": """param %u: f32[6]
+param %rate: f32[6]
+%size: f32[6] = aten.abs(%rate)
+%w: f32[6] = aten.mul.Scalar(%size) {other=SLOPE}
+%big: f32[batch,length,6] = aten.mul.Scalar(%k) {other=SLOPE}
+%mean: f32[batch,length,6] = xf.rwkv(%big, %q, %w, %u)
+%o: f32[batch,length,6] = aten.add.Tensor(%mean, %q)
+""",
     "causal": """%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v) {heads=2, causal=true}
 """,
     "causal without sum": """%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v) \
