@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["CONTRIB", "Builder", "Form", "XfNode", "always"]
+__all__ = ["CONTRIB", "Builder", "Form", "ScanBody", "XfNode", "always"]
 
 # ONNX Runtime's own operators
 CONTRIB = "com.microsoft"
@@ -52,6 +52,11 @@ class XfNode:
         assert value.shape is not None, f"{self.operator} has no shape for {name}"
         return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
 
+
+# one step of a scan: (builder, states, items) -> (next states, results)
+ScanBody: TypeAlias = (
+    "Callable[[Builder, Sequence[ir.Value], Sequence[ir.Value]], tuple[Sequence[ir.Value], Sequence[ir.Value]]]"
+)
 
 # why a form cannot express a node, or None where it can
 Verdict: TypeAlias = str | None
@@ -93,6 +98,8 @@ class Builder:
     pending: list[ir.Node] = field(default_factory=list)
     _before: ir.Node | None = None
     _path: str = ""
+    # the builder of the graph around this one, which holds the constants
+    _around: Builder | None = None
 
     def at(self, node: ir.Node, path: str) -> Builder:
         """Emit what follows before ``node``, under ``path``; returns self."""
@@ -110,7 +117,6 @@ class Builder:
         """Emit a node with several outputs and return them."""
         import onnx_ir as ir
 
-        assert self._before is not None
         operands = list(inputs)
         while operands and operands[-1] is None:
             operands.pop()
@@ -118,10 +124,58 @@ class Builder:
         version = 1 if domain else None
         node = ir.node(op_type, operands, given, domain=domain, num_outputs=outputs, version=version)
         node.metadata_props["path"] = self._path
-        self.graph.insert_before(self._before, node)
+        if self._before is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(self._before, node)
         if domain == "xf":
             self.pending.append(node)
         return tuple(node.outputs)
+
+    def scan(
+        self, body: ScanBody, states: Sequence[ir.Value], items: Sequence[ir.Value], *, axis: int
+    ) -> tuple[list[ir.Value], list[ir.Value]]:
+        """Emit one ``Scan`` node: ``body`` step after step along an axis, each given the states the last one left.
+
+        Args:
+            body: Given a builder, the states and the items of one step (without ``axis``), emits the step's nodes and
+                returns the next states and the step's results; it may read any value around it.
+            states: The first states; they have types.
+            items: What is cut into steps; they have types.
+            axis: The axis of the steps, in ``items`` and in the results.
+
+        Returns:
+            The last states, and the results of all steps stacked along ``axis``.
+
+        """
+        import onnx_ir as ir
+
+        inner = Builder(ir.Graph([], [], nodes=[], name="step"), self.derived, _path=self._path, _around=self)
+        entries = [ir.Value(name=f"in.{i}", type=value.type) for i, value in enumerate([*states, *items])]
+        inner.graph.inputs.extend(entries)
+        kept, results = body(inner, entries[: len(states)], entries[len(states) :])
+        leaving: list[ir.Value] = []
+        for value in (*kept, *results):
+            # a value goes in or out once: what the body hands through gets a node of its own
+            leaving.append(inner.op("Identity", value) if value in entries or value in leaving else value)
+        for value, like in zip(leaving, [*states, *(items[0] for _ in results)], strict=True):
+            value.type = like.type
+        inner.graph.outputs.extend(leaving)
+        for number, value in enumerate(value for node in inner.graph for value in node.outputs):
+            value.name = f"step.{number}"
+        outputs = self.ops(
+            "Scan",
+            *states,
+            *items,
+            outputs=len(leaving),
+            body=inner.graph,
+            num_scan_inputs=len(items),
+            scan_input_axes=[axis] * len(items),
+            scan_output_axes=[axis] * len(results),
+        )
+        for value, like in zip(outputs, leaving, strict=True):
+            value.type = like.type
+        return list(outputs[: len(states)]), list(outputs[len(states) :])
 
     def xf(
         self, operator: str, *inputs: ir.Value | None, like: ir.Value, width: int | None = None, **attributes: Any
@@ -139,6 +193,8 @@ class Builder:
         """Return a small constant; equal constants are one initializer."""
         import onnx_ir as ir
 
+        if self._around is not None:
+            return self._around.constant(value, dtype)
         array = np.asarray(value, dtype=dtype)
         if dtype is None and array.dtype == np.float64:
             array = array.astype(np.float32)
