@@ -158,7 +158,7 @@ def precision_of(program: Program) -> str:
     Otherwise the narrowest floating-point type among the weights, ``fp32`` where there are none.
     """
     arithmetic = arithmetic_of(program)
-    stored = {int(node.kwargs["bits"]) for defined, node in _xf_nodes(program) if defined.name in _STORED}
+    stored = {int(str(node.kwargs["bits"])) for defined, node in _xf_nodes(program) if defined.name in _STORED}
     return f"int{min(stored)}-weights" if stored and arithmetic != "int8" else arithmetic
 
 
