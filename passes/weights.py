@@ -12,7 +12,15 @@ from xformopt.match import arguments, is_call, operand, xf
 from xformopt.program import path_of, value_of
 from xformopt.rewrite import Editor, Reject
 
-__all__ = ["LinearParts", "WideLinears", "is_linear", "linear_parts", "replace_linear", "shared_parameter"]
+__all__ = [
+    "LinearParts",
+    "WideLinears",
+    "bias_operand",
+    "is_linear",
+    "linear_parts",
+    "replace_linear",
+    "shared_parameter",
+]
 
 aten = torch.ops.aten
 
@@ -54,6 +62,12 @@ def linear_parts(editor: Editor, node: fx.Node) -> LinearParts | Reject:
     if given["bias"] is not None and bias is None:
         return Reject(f"the bias of %{node.name} is computed, not a parameter")
     return LinearParts(node, weight, bias)
+
+
+def bias_operand(parts: LinearParts) -> tuple[fx.Node | None, ...]:
+    """Return the node that reads the layer's bias, or nothing where there is none."""
+    bias = arguments(parts.node)["bias"]
+    return () if bias is None else (bias,)
 
 
 def shared_parameter(parts: LinearParts) -> Reject | None:

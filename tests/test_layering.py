@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ANYTHING = {"*"}
 _CORE = {"errors", "files", "kernels", "program"}
-_MIDDLE = {*_CORE, "rewrite", "match", "analysis", "verify", "canonical", "lift", "calibration"}
+_MIDDLE = {*_CORE, "rewrite", "match", "analysis", "verify", "canonical", "lift", "calibration", "observers"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": {*_CORE, "rewrite", "match", "analysis", "verify", "canonical", "models"},
     "lift": {*_CORE, "rewrite", "match", "analysis", "verify", "canonical"},
     "calibration": {*_CORE, "rewrite", "match", "analysis", "verify", "canonical"},
+    "observers": {"errors", "program"},
     "pipeline": _MIDDLE,
     "passes": {*_MIDDLE, "pipeline"},
     "models": {"errors", "files", "kernels"},

@@ -126,6 +126,54 @@ def angles(batch: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     return theta.cos(), theta.sin()
 
 
+def eighths(*shape: int) -> torch.Tensor:
+    """Activations that 8 bits hold exactly: eighths from -100/8 to 155/8, each of which occurs once."""
+    codes = torch.randint(1, 255, shape)
+    codes.view(-1)[:2] = torch.tensor([0, 255])
+    return (codes - 100).to(DOUBLE) / 8
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def byte(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def integer_products(
+    x: torch.Tensor, w: torch.Tensor, s: torch.Tensor, b: Any = None, step: Any = None, zero: Any = None
+) -> torch.Tensor:
+    """Python's own integers, clipped to 0..255 where a range is given."""
+    step, zero = (0.125, 100) if step is None else (float(step), int(zero))
+    rows = []
+    for row in x.reshape(-1, x.shape[-1]).tolist():
+        codes = [min(max(round(value / step) + zero, 0), 255) - zero for value in row]
+        rows.append([sum(c * v for c, v in zip(codes, column, strict=True)) for column in w.tolist()])
+    total = torch.tensor(rows, dtype=DOUBLE).view(*x.shape[:-1], len(w)) * step * s
+    return total + (0 if b is None else b)
+
+
+def table_of(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """Take codes out of bytes one at a time."""
+
+    def code(row: list[int], index: int) -> int:
+        return row[index] if bits == 8 else row[index // 2] >> 4 * (index % 2) & 15
+
+    rows, width, groups = [], packed[0].numel() * 8 // bits, scale.shape[1]
+    for r, row in enumerate(packed.flatten(1).tolist()):
+        shifts = [2 ** (bits - 1) if zero is None else code(zero[r].tolist(), g) for g in range(groups)]
+        places = [(i, i * groups // width) for i in range(width)]
+        rows.append([(code(row, i) - shifts[g]) * float(scale[r, g]) for i, g in places])
+    return torch.tensor(rows, dtype=scale.dtype)
+
+
+def weight_only(
+    x: torch.Tensor, w: torch.Tensor, s: torch.Tensor, zero: Any = None, b: Any = None, *, bits: int
+) -> torch.Tensor:
+    return linear(x, table_of(w, s, zero, bits), b)
+
+
 MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 1, 1]])
 X = 2 * 5 * 6
 CASES = [
@@ -179,6 +227,48 @@ CASES = [
         2 * 2 * 9 * 4 * 3 * 2 * 3,
     ),
     Case("patch_embedding", lambda: (randn(1, 1, 4, 4), randn(5, 1, 2, 2)), patches, 2 * 4 * 5 * 4),
+    Case("quantized_linear", lambda: (eighths(2, 5, 6), int8(7, 6), randn(7), randn(7)), integer_products, 2 * X * 7),
+    Case("quantized_linear", lambda: (eighths(2, 1030), int8(3, 1030), randn(3)), integer_products, 4 * 1030 * 3),
+    # a step of 1/16 from 90: what lies outside is clipped
+    Case(
+        "quantized_linear",
+        lambda: (eighths(2, 5, 6), int8(7, 6), randn(7), None, torch.tensor(0.0625, dtype=DOUBLE), byte() % 90),
+        integer_products,
+        2 * X * 7,
+    ),
+    *(
+        Case(
+            "weight_only_linear",
+            lambda bits=bits, zero=zero: (
+                randn(2, 5, 24),
+                byte(7, 3, bits),
+                randn(7, 3),
+                byte(7, -(-3 * bits // 8)) if zero else None,
+                randn(7) if zero else None,
+            ),
+            weight_only,
+            2 * 2 * 5 * 24 * 7,
+            {"bits": bits},
+        )
+        for bits in (4, 8)
+        for zero in (False, True)
+    ),
+    *(
+        Case(
+            "quantized_embedding",
+            lambda bits=bits, zero=zero: (
+                byte(9, 3 * bits),
+                torch.tensor([[3, 8, 0], [3, 1, 2]]),
+                randn(9, 3),
+                byte(9, -(-3 * bits // 8)) if zero else None,
+            ),
+            lambda w, ids, s, zero=None, *, bits: table_of(w, s, zero, bits)[ids],
+            2 * 6 * 24,
+            {"bits": bits},
+        )
+        for bits in (4, 8)
+        for zero in (False, True)
+    ),
 ]
 # these have a test file of their own
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
@@ -275,6 +365,13 @@ def test_operators_are_found_by_name_and_by_target() -> None:
         (lambda: xf.rope(*fake((2, 5, 8), (1, 5, 3), (1, 5, 3)), heads=2), "more features are rotated"),
         (lambda: xf.patch_embedding(*fake((1, 3, 4, 4), (5, 1, 2, 2))), "disagree on the channels"),
         (lambda: xf.linear_activation(*fake((2, 5), (3, 4)), function="relu"), "disagree on the input width"),
+        (lambda: xf.quantized_linear(*fake((2, 5), (3, 4), (3,))), "disagree on the input width"),
+        (lambda: xf.quantized_linear(*fake((2, 4), (3, 4), (4,))), "one number per output channel"),
+        (lambda: xf.quantized_linear(*fake((2, 4), (3, 4), (3,))), "the weight must be int8"),
+        (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=4), "disagree on the input width"),
+        (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 1)), bits=8), "per output channel and group"),
+        (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=3), "4 or 8 bits"),
+        (lambda: xf.quantized_embedding(*fake((9, 8), (2,), (9, 3)), bits=8), "do not divide the width"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(call: Callable[[], object], message: str) -> None:

@@ -125,6 +125,66 @@ param %patch.b: f32[10]
     + ", ".join(f"o{i}=%o{i}" for i in range(31))
 )
 
+# operators whose parameters must fit together: what a range and a scale may be is not for chance
+QUANTIZED = (
+    HEADER
+    + """
+input %x: f32[batch,length,96]
+input %ids: i64[batch,length] below 2
+param %w: i8[40,96]
+param %s: f32[40]
+param %b: f32[40]
+param %xs: f32[]
+param %xz: u8[]
+param %w4: u8[40,3,16]
+param %w8: u8[40,3,32]
+param %w12: u8[40,8,12]
+param %s3: f32[40,3]
+param %s8: f32[40,8]
+param %z4: u8[40,2]
+param %z8: u8[40,3]
+param %e4: u8[40,48]
+param %e8: u8[40,96]
+%o0: f32[batch,length,40] = xf.quantized_linear(%x, %w, %s, %b)
+%o1: f32[batch,length,40] = xf.quantized_linear(%x, %w, %s)
+%o2: f32[batch,length,40] = xf.quantized_linear(%x, %w, %s, %b, %xs, %xz)
+%o3: f32[batch,length,40] = xf.quantized_linear(%x, %w, %s, none, %xs, %xz)
+%o4: f32[batch,length,40] = xf.weight_only_linear(%x, %w4, %s3, %z4, %b) {bits=4}
+%o5: f32[batch,length,40] = xf.weight_only_linear(%x, %w4, %s3) {bits=4}
+%o6: f32[batch,length,40] = xf.weight_only_linear(%x, %w8, %s3, %z8, %b) {bits=8}
+%o7: f32[batch,length,40] = xf.weight_only_linear(%x, %w12, %s8) {bits=8}
+%o8: f32[batch,length,96] = xf.quantized_embedding(%e4, %ids, %s3, %z4) {bits=4}
+%o9: f32[batch,length,96] = xf.quantized_embedding(%e4, %ids, %s3) {bits=4}
+%o10: f32[batch,length,96] = xf.quantized_embedding(%e8, %ids, %s3, %z8) {bits=8}
+%o11: f32[batch,length,96] = xf.quantized_embedding(%e8, %ids, %s8) {bits=8}
+"""
+    + "return "
+    + ", ".join(f"o{i}=%o{i}" for i in range(12))
+)
+QUANTIZED_OPERATORS = ("quantized_linear", "weight_only_linear", "quantized_embedding")
+APART = ("attention", *QUANTIZED_OPERATORS)
+
+
+def quantized_parameters() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+
+    def byte(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    def steps(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) / 100
+
+    shapes = {"w4": (40, 3, 16), "w8": (40, 3, 32), "w12": (40, 8, 12), "e4": (40, 48), "e8": (40, 96)}
+    return {
+        "w": torch.randint(-127, 128, (40, 96), generator=generator, dtype=torch.int8),
+        "b": torch.randn(40, generator=generator),
+        # a range that clips a normal distribution on both sides
+        "xs": torch.tensor(3.5 / 255),
+        "xz": torch.tensor(120, dtype=torch.uint8),
+        **{name: byte(*shape) for name, shape in (shapes | {"z4": (40, 2), "z8": (40, 3)}).items()},
+        **{name: steps(*shape) for name, shape in {"s": (40,), "s3": (40, 3), "s8": (40, 8)}.items()},
+    }
+
 
 def make_inputs(program: Program, sizes: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -187,6 +247,19 @@ def others() -> Exported:
     return export_onnx(Program.parse(OTHERS))
 
 
+@pytest.fixture(scope="module")
+def quantized() -> Exported:
+    return export_onnx(Program.parse(QUANTIZED, parameters=quantized_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("operator", "form"), [(name, form.name) for name in QUANTIZED_OPERATORS for form in forms_of(name)]
+)
+def test_quantized_forms_match_the_reference(quantized: Exported, operator: str, form: str) -> None:
+    assert form in build_graph(quantized, {operator: form}).forms[operator]
+    check(quantized, {operator: form})
+
+
 @pytest.mark.parametrize("form", [form.name for form in forms_of("attention")])
 def test_attention_forms_match_the_reference(attention: Exported, form: str) -> None:
     assert form in offered_forms(attention)["attention"]
@@ -195,14 +268,14 @@ def test_attention_forms_match_the_reference(attention: Exported, form: str) -> 
 
 @pytest.mark.parametrize(
     ("operator", "form"),
-    [(name, form.name) for name in load_operators() if name != "attention" for form in forms_of(name)],
+    [(name, form.name) for name in load_operators() if name not in APART for form in forms_of(name)],
 )
 def test_forms_match_the_reference(others: Exported, operator: str, form: str) -> None:
     check(others, {operator: form})
 
 
-def test_standard_forms_match_the_reference(attention: Exported, others: Exported) -> None:
-    for exported in (attention, others):
+def test_standard_forms_match_the_reference(attention: Exported, others: Exported, quantized: Exported) -> None:
+    for exported in (attention, others, quantized):
         model = build_graph(exported, {}, standard_only=True).model
         assert {node.domain for node in model.graph} == {""}
         check(exported, {}, standard_only=True)

@@ -15,7 +15,15 @@ import torch
 from xformopt.errors import ArtifactError, LoweringError, OutputError, UsageError
 from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
 from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
-from xformopt.lowering.manifest import FILE_NAME, Manifest, SessionSettings, precision_of, specs_of
+from xformopt.lowering.manifest import (
+    FILE_NAME,
+    Manifest,
+    SessionSettings,
+    arithmetic_of,
+    execution_of,
+    precision_of,
+    specs_of,
+)
 from xformopt.lowering.onnx_export import export_onnx
 from xformopt.lowering.onnx_files import write_onnx
 from xformopt.lowering.onnx_forms import build_graph
@@ -74,7 +82,7 @@ def lower_program(
     progress("exporting", 0, 3)
     exported = export_onnx(program)
     expected = {name: value.detach() for name, value in program.run(inputs).items()}
-    settings, tolerance = SessionSettings(), TOLERANCE[precision_of(program)]
+    settings, tolerance = SessionSettings(), TOLERANCE[arithmetic_of(program)]
     is_standard = target != "ort-cpu"
     with _room_for_work():
         tuned = Tuned()
@@ -125,6 +133,7 @@ def _describe(
         target=target,
         model=_MODEL,
         precision=precision_of(program),
+        execution=execution_of(program),
         session=settings,
         forms=forms,
         tuning=tuned.records,

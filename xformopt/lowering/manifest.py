@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import fx
 
 from xformopt.errors import ArtifactError
+from xformopt.kernels.definition import Operator, find_operator
 from xformopt.program import Program, value_of
 from xformopt.program.text import DTYPE_NAMES
 
@@ -23,6 +26,8 @@ __all__ = [
     "OutputSpec",
     "SessionSettings",
     "TuningRecord",
+    "arithmetic_of",
+    "execution_of",
     "hash_file",
     "precision_of",
     "read_manifest",
@@ -32,6 +37,9 @@ __all__ = [
 FORMAT = "xformopt/artifact/1"
 FILE_NAME = "artifact.json"
 _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# what is stored in few bits and computed in float
+_STORED = {"weight_only_linear": "linear layers", "quantized_embedding": "tables of embeddings"}
 
 
 class _Model(BaseModel):
@@ -101,6 +109,8 @@ class Manifest(_Model):
     target: str
     model: str
     precision: str
+    # how many layers execute in integers, or are only stored in few bits
+    execution: dict[str, int] = Field(default_factory=dict)
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
     dims: tuple[DimSpec, ...]
@@ -142,9 +152,41 @@ def specs_of(program: Program) -> dict[str, Any]:
 
 
 def precision_of(program: Program) -> str:
-    """Name the narrowest floating-point type among the weights, ``fp32`` where there are none."""
+    """Name what the linear layers execute in, or else the narrowest way that weights are stored in.
+
+    ``int8``: integer products.  ``int4-weights``, ``int8-weights``: stored in so many bits, computed in float.
+    Otherwise the narrowest floating-point type among the weights, ``fp32`` where there are none.
+    """
+    arithmetic = arithmetic_of(program)
+    stored = {int(str(node.kwargs["bits"])) for defined, node in _xf_nodes(program) if defined.name in _STORED}
+    return f"int{min(stored)}-weights" if stored and arithmetic != "int8" else arithmetic
+
+
+def arithmetic_of(program: Program) -> str:
+    """Name the arithmetic of linear layers: ``int8``, or else the narrowest floating-point type among the weights."""
     used = {tensor.dtype for tensor in program.parameters.values() if tensor.dim() > 1}
+    if any(defined.name == "quantized_linear" for defined, _ in _xf_nodes(program)):
+        return "int8"
     return next((name for dtype, name in reversed(_PRECISIONS.items()) if dtype in used), "fp32")
+
+
+def execution_of(program: Program) -> dict[str, int]:
+    """Count linear layers and tables by how they run: executed in integers, or only stored in few bits."""
+    counted: Counter[str] = Counter()
+    for defined, node in _xf_nodes(program):
+        if defined.name == "quantized_linear":
+            counted["linear layers executed in int8"] += 1
+        elif defined.name in _STORED:
+            counted[f"{_STORED[defined.name]} stored in {node.kwargs['bits']} bits, computed in float"] += 1
+        elif defined.name in ("linear", "linear_activation"):
+            counted["linear layers in float"] += 1
+    return dict(sorted(counted.items()))
+
+
+def _xf_nodes(program: Program) -> Iterator[tuple[Operator, fx.Node]]:
+    for node in program.nodes():
+        if (defined := find_operator(node.target)) is not None:
+            yield defined, node
 
 
 def read_manifest(folder: Path) -> Manifest:
