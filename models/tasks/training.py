@@ -68,7 +68,7 @@ def fit(module: nn.Module, loss: Loss, schedule: Schedule, progress: Progress) -
     for step in range(schedule.steps):
         value = loss(module, generator, step / schedule.steps)
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), schedule.clip)
         optimizer.step()
         scheduler.step()
