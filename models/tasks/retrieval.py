@@ -1,8 +1,8 @@
 """Retrieval: which passages of Python's own documentation are nearest to each other, before and after a change.
 
-The passages are docstrings of the standard library's single-file modules, read from its source without importing it.  There are no labels: a
-sentence encoder is held to its original, by how many of each passage's ten nearest neighbours (by cosine) the two agree
-on, and by the cosine between the two embeddings of the same passage.
+The passages are docstrings of the standard library's single-file modules, read from its source without importing it.
+There are no labels: a sentence encoder is held to its original, by how many of each passage's ten nearest neighbours
+(by cosine) the two agree on, and by the cosine between the two embeddings of the same passage.
 """
 
 from __future__ import annotations
