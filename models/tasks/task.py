@@ -58,8 +58,17 @@ class Score:
 class Task(ABC):
     """A task; a user's own is a subclass with the class attributes and three methods, named ``package.module:Class``.
 
+    The fields are its options on the command line: ``digits{fold=2}``.
+
     Attributes:
         fold: Which of the ``folds`` is held out as test split.
+        name: What the command line calls it.
+        summary: One line for a listing.
+        metric: What ``value`` of a score is called.
+        higher_is_better: Which way the metric points.
+        inputs: Names of the inputs that every batch holds.
+        output: Name of the output that is judged.
+        folds: Into how many test splits the data is divided.
 
     """
 
@@ -72,6 +81,10 @@ class Task(ABC):
     inputs: ClassVar[tuple[str, ...]]
     output: ClassVar[str]
     folds: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fold < self.folds:
+            raise ValueError(f"fold must be 0 to {self.folds - 1}, but is {self.fold}")
 
     @abstractmethod
     def calibration(self) -> list[dict[str, torch.Tensor]]:
@@ -88,6 +101,14 @@ class Task(ABC):
     def baselines(self) -> dict[str, float]:
         """Return what trivial predictors reach, by name."""
         return {}
+
+    def compare(self, run: Run, original: Run, progress: Progress = lambda what, done, total: None) -> Score:
+        """Run a model over the test split, with the model it was made from beside it.
+
+        A task that measures how far a model has moved from its original adds that to the details, or scores by it; the
+        original may be ``run`` itself.
+        """
+        return self.evaluate(run, progress)
 
     def evaluate(self, run: Run, progress: Progress = lambda what, done, total: None) -> Score:
         """Run a model over the test split."""
