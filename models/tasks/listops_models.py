@@ -16,11 +16,11 @@ from xformopt.models.trained import Trained
 
 __all__ = ["TRAINED", "ListEncoder"]
 
-_SCHEDULE = Schedule(steps=3000, rate=3e-3, warmup=0.02, betas=(0.9, 0.95), muon=True, cooldown=0.4, bfloat16=True)
-# until which share of the steps expressions may have so many tokens
-_LESSONS = ((0.4, 48), (0.65, 128), (1.0, LONGEST))
-_SHORTEST = 6
-_POOL, _TOKENS = 400, 2048
+_SCHEDULE = Schedule(steps=3000, rate=6e-3, warmup=0.02, betas=(0.9, 0.95), muon=True, cooldown=0.4, bfloat16=True)
+# until which share of the steps expressions may have so many tokens: at first hardly a list has another inside
+_LESSONS = ((0.15, 12), (0.3, 24), (0.5, 64), (0.7, 160), (1.0, LONGEST))
+_SHORTEST = 4
+_POOL, _TOKENS = 400, 1536
 _EXAMPLE_LENGTH = 16
 
 
