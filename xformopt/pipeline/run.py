@@ -37,6 +37,13 @@ class Lift(RewritePass):
         """Return the rules of every operator family."""
         return lifting_rules(program)
 
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Apply the rules; a model written in the dialect, in which none fires, is a lifted program all the same."""
+        result = super().run(program, context)
+        if result.changed:
+            return result
+        return replace(result, program=program.copy(level=Level.LIFTED), changed=True)
+
 
 @dataclass(frozen=True)
 class Record:
