@@ -111,8 +111,10 @@ class Rwkv(LanguageModel):
     """An RWKV-4 language model."""
 
     def __init__(self, config: RwkvConfig | None = None) -> None:
-        config = config or RwkvConfig()
-        super().__init__(config.vocabulary, config.width, (Block(config, layer) for layer in range(config.layers)))
+        c = config or RwkvConfig()
+        blocks = (Block(c, layer) for layer in range(c.layers))
+        # the embedding is normalised too
+        super().__init__(c.vocabulary, c.width, (nn.LayerNorm(c.width), *blocks), nn.LayerNorm(c.width))
 
 
 ARCHITECTURES = (
