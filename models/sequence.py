@@ -49,13 +49,18 @@ class CausalConvolution(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token embedding, blocks from ``[B, T, C]`` to the same, a norm, and logits by the embedding's own matrix."""
+    """Token embedding, blocks from ``[B, T, C]`` to the same, a norm, and logits by the embedding's own matrix.
 
-    def __init__(self, vocabulary: int, width: int, blocks: Iterable[nn.Module]) -> None:
+    The last norm is RMSNorm unless another is given.
+    """
+
+    def __init__(
+        self, vocabulary: int, width: int, blocks: Iterable[nn.Module], last_norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = norm(width)
+        self.norm = last_norm or norm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=width**-0.5)

@@ -72,3 +72,17 @@ def test_what_cannot_be_captured_is_told_in_one_paragraph(model: nn.Module, said
     assert said in str(error.value)
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+class Padding(nn.Module):
+    """Sees the token before each."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Put zeros before the first and drop the last."""
+        return nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def test_padding_fixes_no_dimension() -> None:
+    program = xo.capture(Padding(), torch.randn(2, 5, 4), {"x": {0: "batch", 1: "length"}})
+    x = torch.randn(3, 8, 4)
+    assert torch.equal(program.run({"x": x})["output_0"], Padding()(x))

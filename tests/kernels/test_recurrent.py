@@ -259,6 +259,16 @@ def test_bidirectional_linear_attention(normalize: bool, masked: bool) -> None:
     assert load_operators()["linear_attention"].flops(q, k, v, heads=HEADS) == 2 * 2 * HEADS * (4 + 7) * D * E
 
 
+def test_causal_linear_attention_skips_padding() -> None:
+    q, k, v = qkv(2, 9)
+    mask = torch.arange(9).repeat(2, 1) >= 3
+    found = linear.linear_attention(q, k, v, mask, heads=HEADS, causal=True, chunk=4)
+    torch.testing.assert_close(found, linear.linear_attention_masked(q, k, v, mask, heads=HEADS, causal=True), **CLOSE)
+    assert torch.equal(found[:, :3], torch.zeros(2, 3, HEADS * E, dtype=DOUBLE))
+    alone = xf.linear_attention(q[:, 3:], k[:, 3:], v[:, 3:], heads=HEADS, causal=True)
+    torch.testing.assert_close(found[:, 3:], alone, **CLOSE)
+
+
 def fake(*shapes: tuple[int, ...]) -> Tensors:
     return tuple(torch.empty(shape, device="meta") for shape in shapes)
 

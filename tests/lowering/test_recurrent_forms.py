@@ -69,8 +69,11 @@ param %rate: f32[6]
     "causal without sum": """%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v) \
 {heads=2, feature=given, causal=true, normalize=false}
 """,
-    "bidirectional": """%zero: bool[batch,length] = aten.gt.Scalar(%mask) {other=0}
-%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v, %zero) {heads=2}
+    "causal with padding": """%exists: bool[batch,length] = aten.gt.Scalar(%mask) {other=0}
+%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v, %exists) {heads=2, causal=true}
+""",
+    "bidirectional": """%exists: bool[batch,length] = aten.gt.Scalar(%mask) {other=0}
+%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v, %exists) {heads=2}
 """,
 }
 

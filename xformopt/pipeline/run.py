@@ -38,13 +38,11 @@ class Lift(RewritePass):
         return lifting_rules(program)
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Apply the rules; where nothing is to be lifted, the program is a lifted one as it stands."""
+        """Apply the rules; a model written in the dialect, in which none fires, is a lifted program all the same."""
         result = super().run(program, context)
         if result.changed:
             return result
-        lifted = program.copy()
-        lifted.level = self.leaves
-        return replace(result, program=lifted, changed=True)
+        return replace(result, program=program.copy(level=self.leaves), changed=True)
 
 
 @dataclass(frozen=True)

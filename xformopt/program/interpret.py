@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._refs
 from torch import fx
 
 from xformopt.program.program import Program
 
 __all__ = ["infer_value", "interpret"]
+
+# padding asks for concrete sizes when it is inferred by its own rule: it would fix every dimension of what it pads
+_SHAPE_RULES: dict[object, Callable[..., Any]] = {torch.ops.aten.constant_pad_nd.default: torch._refs.constant_pad_nd}
 
 
 def interpret(
@@ -60,6 +64,7 @@ def infer_value(program: Program, node: fx.Node) -> Any:
 
     args = fx.map_arg(node.args, known)
     kwargs = fx.map_arg(node.kwargs, known)
-    assert callable(node.target)
+    rule = _SHAPE_RULES.get(node.target, node.target)
+    assert callable(rule)
     with program.dims.mode:
-        return node.target(*args, **kwargs)
+        return rule(*args, **kwargs)
