@@ -3,8 +3,8 @@
 Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", arXiv 2304.08069: attention on the coarsest of three
 maps, fusion of them downwards and upwards by convolutions, selection of the best places as queries, and a decoder of
 self-attention and multi-scale deformable attention (Zhu et al., arXiv 2010.04159) that refines boxes block by block.
-Lv et al., "RT-DETRv2", arXiv 2407.17140: a sampling point is rounded to the cell it falls in, so that values are
-gathered instead of interpolated.  The backbone and the fusion blocks are plain convolutions here.
+Lv et al., "RT-DETRv2", arXiv 2407.17140: the coordinates of a sampling point, in cells, are rounded, so that values
+are gathered instead of interpolated.  The backbone and the fusion blocks are plain convolutions here.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class DiscreteDeformableAttention(nn.Module):
         return x
 
     def _cells(self, places: Tensor) -> Tensor:
-        """Return the index into the memory of the cell that each place falls in; places outside take the nearest."""
-        cells = (places * self.sizes).floor()
+        """Return the index into the memory of the cell each place is rounded to; places outside take the nearest."""
+        cells = (places * self.sizes + 0.5).floor()
         x = torch.minimum(cells[..., 0].clamp(min=0), self.sizes[:, 0] - 1).long()
         y = torch.minimum(cells[..., 1].clamp(min=0), self.sizes[:, 1] - 1).long()
         return self.starts + y * self.sizes[:, 0] + x

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ REAL_SIZES = {
     "vit-base": 12,
 }
 LONGEST = 40
+# what shares all but a part with another of its family
+VARIANTS = (
+    "convformer",
+    "deit-tiny",
+    "identityformer",
+    "poolformer",
+    "pvt-linear",
+    "vit-dual-patchnorm",
+    "vit-parallel",
+)
 SMALL = [name for name in architectures() if name not in REAL_SIZES]
 
 
@@ -109,7 +120,11 @@ def check_outputs(ours: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
         assert distance(ours[key], value) <= most, key
 
 
-@pytest.mark.parametrize("name", SMALL)
+def slow(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in VARIANTS] + slow(VARIANTS))
 def test_lifting(name: str) -> None:
     module = shaken(find_architecture(name))
     inputs = module.example_inputs()  # type: ignore[operator]
@@ -129,14 +144,8 @@ def check_recipe(name: str, attentions: int) -> None:
     check_outputs({key: torch.from_numpy(value) for key, value in ours.items()}, module(**inputs), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt-tiny", "pvt-tiny"])
+@pytest.mark.parametrize("name", ["gpt-tiny", *slow(name for name in SMALL if name != "gpt-tiny")])
 def test_the_exact_recipe(name: str) -> None:
-    check_recipe(name, ATTENTIONS[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
-def test_the_exact_recipe_on_every_family(name: str) -> None:
     check_recipe(name, ATTENTIONS.get(name, 0))
 
 
