@@ -6,15 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch._refs
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from xformopt.program.program import Program
 
 __all__ = ["infer_value", "interpret"]
-
-# padding asks for concrete sizes when it is inferred by its own rule: it would fix every dimension of what it pads
-_SHAPE_RULES: dict[object, Callable[..., Any]] = {torch.ops.aten.constant_pad_nd.default: torch._refs.constant_pad_nd}
 
 
 def interpret(
@@ -64,7 +61,7 @@ def infer_value(program: Program, node: fx.Node) -> Any:
 
     args = fx.map_arg(node.args, known)
     kwargs = fx.map_arg(node.kwargs, known)
-    rule = _SHAPE_RULES.get(node.target, node.target)
-    assert callable(rule)
-    with program.dims.mode:
-        return rule(*args, **kwargs)
+    assert callable(node.target)
+    # without the dispatcher, some operators (pad, interpolate) are inferred in C++, which fixes every size it meets
+    with program.dims.mode, enable_python_dispatcher():
+        return node.target(*args, **kwargs)
