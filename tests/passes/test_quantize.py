@@ -158,6 +158,15 @@ def norm_output(program: Program, batch: dict[str, torch.Tensor]) -> np.ndarray:
     return normal[batch["mask"].bool()].numpy()
 
 
+def test_gptq_loses_less_than_the_nearest_code(encoder: Program, batches: list[dict[str, torch.Tensor]]) -> None:
+    wanted = encoder.run(batches[0])["hidden"]
+    losses = [
+        distance(wanted, run("quantize-weights", encoder, batches, method=method).program.run(batches[0])["hidden"])
+        for method in ("gptq", "nearest")
+    ]
+    assert losses[0] < 0.9 * losses[1]
+
+
 @pytest.mark.parametrize("name", ["quantize-dynamic", "quantize-static", "quantize-weights"])
 def test_sensitive_layers_stay_in_float(name: str, encoder: Program, batches: list[dict[str, torch.Tensor]]) -> None:
     parameters = dict(encoder.parameters)
@@ -212,6 +221,7 @@ def with_nan_table() -> Program:
 REFUSED: list[tuple[str, Callable[[], Program], bool, type[Exception], str]] = [
     ("quantize-static", lambda: Program.parse(ENCODER), False, DataError, "--calibration"),
     ("smooth-outliers", lambda: Program.parse(ENCODER), False, DataError, "--calibration"),
+    ("quantize-weights{method=gptq}", lambda: Program.parse(ENCODER), False, DataError, "--calibration"),
     ("quantize-dynamic{max_drift=0.1}", lambda: Program.parse(ENCODER), False, DataError, "max_drift measures layers"),
     ("quantize-static", with_constant_input, True, DataError, "layer.attention.query is always 2"),
     ("quantize-static", with_nan_table, True, DataError, "NaN or infinite"),
