@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from xformopt.errors import DataError
 from xformopt.passes.quantization import GroupCodes, quantize_groups
 from xformopt.program import Program, interpret, path_of, valid_positions, value_of
 
-__all__ = ["gptq", "gram_matrices"]
+__all__ = ["Seen", "gptq", "gram_matrices"]
 
 # part of the mean of the diagonal that is added to it, as published
 _DAMPING = 0.01
@@ -20,13 +21,29 @@ _DAMPING = 0.01
 _GRAM_BYTES = 1 << 30
 
 
+@dataclass
+class Seen:
+    """What is known of a value ``[..., C]`` from calibration data.
+
+    Attributes:
+        gram: ``X^T X`` over all valid positions, float64 ``[C, C]``.
+        magnitude: The sum of ``|X|`` over them, float64 ``[C]``.
+        count: How many positions.
+
+    """
+
+    gram: torch.Tensor
+    magnitude: torch.Tensor
+    count: int = 0
+
+
 def gram_matrices(
     program: Program,
     batches: Sequence[Mapping[str, torch.Tensor]],
     names: Sequence[str],
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield ``X^T X`` over all valid positions of the values in ``names``, as many at a time as memory allows.
+) -> Iterator[dict[str, Seen]]:
+    """Yield what is seen of the values in ``names``, of as many at a time as memory allows.
 
     Args:
         program: What to run.
@@ -35,7 +52,7 @@ def gram_matrices(
         progress: Called with (what, done, total).
 
     Yields:
-        Float64 matrices ``[C, C]`` by name.
+        What was seen, by name.
 
     Raises:
         DataError: there are no batches, or a value is not finite.
@@ -43,17 +60,21 @@ def gram_matrices(
     """
     if not batches:
         raise DataError(
-            "GPTQ rounds weights by what layers see on calibration data, and there is none. Give some with "
-            "--calibration (or calibration=... in Python), or choose method=nearest."
+            "Weights are quantized by what their layers see on calibration data, and there is none. Give some with "
+            "--calibration (or calibration=... in Python), or round to the nearest code, which needs none."
         )
     widths = {node.name: int(value_of(node).shape[-1]) for node in program.graph.nodes if node.name in set(names)}
     parts = _fitting(widths)
     for index, part in enumerate(parts):
         progress("collecting layer inputs", index, len(parts))
-        grams = {name: torch.zeros(widths[name], widths[name], dtype=torch.float64) for name in part}
+        seen = {name: Seen(_zeros(widths[name], widths[name]), _zeros(widths[name])) for name in part}
         for batch in batches:
-            interpret(program, batch, observe=_adding(program, batch, grams))
-        yield grams
+            interpret(program, batch, observe=_adding(program, batch, seen))
+        yield seen
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
 
 
 def _fitting(widths: Mapping[str, int]) -> list[list[str]]:
@@ -70,10 +91,10 @@ def _fitting(widths: Mapping[str, int]) -> list[list[str]]:
 
 
 def _adding(
-    program: Program, batch: Mapping[str, torch.Tensor], grams: dict[str, torch.Tensor]
+    program: Program, batch: Mapping[str, torch.Tensor], seen: Mapping[str, Seen]
 ) -> Callable[[fx.Node, Any], None]:
     def observe(node: fx.Node, value: Any) -> None:
-        if node.name not in grams:
+        if node.name not in seen:
             return
         valid = valid_positions(program, node.meta["val"], batch)
         if valid is not None and valid.shape[-1] == 1:
@@ -84,7 +105,10 @@ def _adding(
                 f"On the calibration data, {path_of(node) or node.name} computes values that are NaN or infinite. Look "
                 f"for the cause in the data or the model."
             )
-        grams[node.name] += rows.t() @ rows
+        found = seen[node.name]
+        found.gram += rows.t() @ rows
+        found.magnitude += rows.abs().sum(0)
+        found.count += len(rows)
 
     return observe
 

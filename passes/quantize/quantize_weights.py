@@ -85,12 +85,12 @@ class QuantizeWeights(QuantizeLinears):
         alone = [node for node in divided if readers[str(operand(node, 1).target)] == 1]
         made: dict[str, PackedGroups] = {}
         sources = list(dict.fromkeys(operand(node).name for node in alone))
-        for grams in gram_matrices(program, context.calibration, sources, context.progress):
+        for seen in gram_matrices(program, context.calibration, sources, context.progress):
             for node in alone:
-                if (gram := grams.get(operand(node).name)) is not None:
+                if (found := seen.get(operand(node).name)) is not None:
                     context.progress("rounding weights", len(made), len(alone))
                     name = str(operand(node, 1).target)
                     weight = program.parameters[name]
-                    found = gptq(weight, gram, bits=self.bits, group=self.group, symmetric=self.symmetric)
-                    made[name] = found.packed()
+                    codes = gptq(weight, found.gram, bits=self.bits, group=self.group, symmetric=self.symmetric)
+                    made[name] = codes.packed()
         return made

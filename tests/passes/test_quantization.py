@@ -211,7 +211,8 @@ def test_gram_matrices_leave_out_padding(monkeypatch: pytest.MonkeyPatch) -> Non
     given = batches()
     values = kept(given)
     (found,) = gram_matrices(PROGRAM, given, ["h"])
-    np.testing.assert_allclose(found["h"].numpy(), values.T @ values, rtol=1e-10)
+    np.testing.assert_allclose(found["h"].gram.numpy(), values.T @ values, rtol=1e-10)
+    np.testing.assert_allclose(found["h"].magnitude.numpy() / found["h"].count, np.abs(values).mean(0), rtol=1e-10)
     monkeypatch.setattr("xformopt.passes.gptq._GRAM_BYTES", 1)
     assert [list(part) for part in gram_matrices(PROGRAM, given, ["h", "x"])] == [["x"], ["h"]]
 
