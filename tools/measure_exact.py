@@ -65,13 +65,7 @@ def export_peers(
     name: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor], axes: dict, folder: Path
 ) -> list[Candidate]:
     """Export with torch, optimize with ONNX Runtime's transformer optimizer, and list what came of it."""
-    exported = folder / "dynamo.onnx"
-    shapes = {key: dict.fromkeys(found, torch.export.Dim.AUTO) for key, found in axes.items()}
-    # torch.export takes sizes of 1 for constants: export at batch 2
-    doubled = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        onnx = torch.onnx.export(model, (), kwargs=doubled, dynamo=True, dynamic_shapes=shapes)
-        onnx.save(str(exported))
+    exported = export_with_torch(model, inputs, axes, folder / "dynamo.onnx")
     peers = [Candidate("onnxruntime torch export", "ort-cpu", exported)]
     optimized = folder / "optimized.onnx"
     try:
@@ -83,6 +77,17 @@ def export_peers(
     peers.append(Candidate("openvino dynamic", "openvino-cpu", exported))
     peers.append(Candidate("openvino static", "openvino-cpu", fix_shapes(exported, inputs, folder / "static.onnx")))
     return peers
+
+
+def export_with_torch(model: torch.nn.Module, inputs: dict[str, torch.Tensor], axes: dict, target: Path) -> Path:
+    """Export with torch's own exporter, with the same dynamic axes as ours."""
+    shapes = {key: dict.fromkeys(found, torch.export.Dim.AUTO) for key, found in axes.items()}
+    # torch.export takes sizes of 1 for constants: export at batch 2
+    doubled = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        onnx = torch.onnx.export(model, (), kwargs=doubled, dynamo=True, dynamic_shapes=shapes)
+        onnx.save(str(target))
+    return target
 
 
 def optimize_with_onnxruntime(name: str, model: torch.nn.Module, source: Path, target: Path) -> None:

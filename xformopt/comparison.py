@@ -249,7 +249,10 @@ def _streamed_bytes(program: Program) -> int:
 
 
 def _is_gather(user: fx.Node, table: fx.Node) -> bool:
-    return getattr(user.target, "_opname", "") in _GATHERS and bool(user.args) and user.args[0] is table
+    name = getattr(user.target, "_opname", "")
+    if name == "quantized_embedding":
+        return table is not user.args[1]
+    return name in _GATHERS and bool(user.args) and user.args[0] is table
 
 
 def _arrays(values: Mapping[str, torch.Tensor]) -> dict[str, Array]:

@@ -30,6 +30,7 @@ def test_optimize_writes_an_artifact(command: Command, workplace: Path) -> None:
     out = done(command(*words, "--save-recipe", "mine.toml"))
     assert "canonicalize" in out
     assert "wrote out" in out
+    assert "in int8" not in out
     result = json.loads((workplace / "result.json").read_text())
     first = result["passes"][0]
     assert {"name", "effect", "changed", "fired", "rejected", "relative_l2", "seconds"} <= set(first)
@@ -42,6 +43,14 @@ def test_optimize_writes_an_artifact(command: Command, workplace: Path) -> None:
     (output,) = artifact.run(input_ids=ids).values()
     assert output.shape == (3, 4, 8)
     assert sorted(path.name for path in workplace.iterdir()) == ["mine.toml", "out", "result.json", "tiny.py"]
+
+
+def test_precision_int8_executes_in_int8(command: Command, workplace: Path) -> None:
+    out = done(command("optimize", "tiny:Tiny", "-o", "out", *QUICK, "--precision", "int8", "--json", "result.json"))
+    assert "linear layers executed in int8" in out
+    (last,) = json.loads((workplace / "result.json").read_text())["passes"][-1:]
+    assert (last["name"], last["effect"], last["changed"]) == ("quantize-dynamic", "approximate", True)
+    assert json.loads((workplace / "out" / "artifact.json").read_text())["precision"] == "int8"
 
 
 def test_options_with_underscores_and_by_other_names(command: Command, workplace: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from xformopt.errors import DataError
 from xformopt.kernels.packing import pack, unpack
 from xformopt.observers import BINS, Method, Range, affine_parameters, narrow, observe_ranges, rows_of
+from xformopt.passes.gptq import gptq, gram_matrices
 from xformopt.passes.quantization import dequantized, quantize_groups, quantize_rows
 from xformopt.program import Program
 
@@ -56,6 +57,40 @@ def test_groups_are_rounded_as_defined(bits: int, group: int, symmetric: bool) -
     assert np.array_equal(dequantized(found).numpy(), values)
     # half a step, and one more where the range was widened and its zero rounded
     assert (np.abs(values.reshape(w.shape) - w) <= scale[..., None] * 1.01).all()
+
+
+def optimal_brain(w: np.ndarray, hessian: np.ndarray, group: int, last: int) -> np.ndarray:
+    """Round column after column, moving those that are left by the inverse Hessian of their own."""
+    w = w.copy()
+    codes = np.zeros(w.shape)
+    for j in range(w.shape[1]):
+        if j % group == 0:
+            block = w[:, j : j + group].astype(np.float32)
+            low, high = np.minimum(block.min(1), 0), np.maximum(block.max(1), 0)
+            step = ((high - low) / np.float32(last)).astype(float)
+            zero = np.rint(-low / step.astype(np.float32))
+        codes[:, j] = np.clip(np.rint(w[:, j] / step) + zero, 0, last)
+        inverse = np.linalg.inv(hessian[j:, j:])
+        error = (w[:, j] - (codes[:, j] - zero) * step) / inverse[0, 0]
+        w[:, j:] -= error[:, None] * inverse[0]
+    return codes
+
+
+def test_gptq_moves_what_is_left_by_the_inverse_hessian() -> None:
+    weight = torch.randn(9, 48)
+    x = torch.randn(200, 48).double() @ torch.randn(48, 48).double()
+    x[:, 5] = 0
+    gram = x.t() @ x
+    found = gptq(weight, gram, bits=4, group=16, symmetric=False)
+    hessian = 2 * gram.numpy()
+    w = weight.double().numpy().copy()
+    w[:, 5] = 0
+    damped = hessian + np.eye(48) * 0.01 * hessian.diagonal().mean()
+    damped[5, 5] += 1
+    assert np.array_equal(found.codes.numpy(), optimal_brain(w, damped, 16, 15))
+    nearest = quantize_groups(weight, bits=4, group=16, symmetric=False)
+    losses = [float(((dequantized(f) - weight).double() @ x.t()).norm()) for f in (found, nearest)]
+    assert losses[0] < 0.8 * losses[1]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -170,6 +205,16 @@ def test_a_percentile_leaves_out_either_end() -> None:
     low, high = np.percentile(values, [1, 99])
     assert abs(float(found.low) - low) <= 2 * width
     assert abs(float(found.high) - high) <= 2 * width
+
+
+def test_gram_matrices_leave_out_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = batches()
+    values = kept(given)
+    (found,) = gram_matrices(PROGRAM, given, ["h"])
+    np.testing.assert_allclose(found["h"].gram.numpy(), values.T @ values, rtol=1e-10)
+    np.testing.assert_allclose(found["h"].magnitude.numpy() / found["h"].count, np.abs(values).mean(0), rtol=1e-10)
+    monkeypatch.setattr("xformopt.passes.gptq._GRAM_BYTES", 1)
+    assert [list(part) for part in gram_matrices(PROGRAM, given, ["h", "x"])] == [["x"], ["h"]]
 
 
 def test_rows_choose_for_themselves() -> None:

@@ -150,12 +150,44 @@ def test_smoothing_is_exact_and_eases_quantization(encoder: Program, batches: li
     assert distance(wanted, eased.run(batches[0])["pooled"]) < 0.7 * distance(wanted, plain.run(batches[0])["pooled"])
 
 
+def test_salient_channels_are_scaled_exactly_and_lose_less(
+    encoder: Program, batches: list[dict[str, torch.Tensor]]
+) -> None:
+    parameters = dict(encoder.parameters)
+    outliers = torch.ones(64)
+    outliers[[3, 17]] = 30.0
+    parameters["norm.w"] = parameters["norm.w"] * outliers
+    spiky = Program.parse(ENCODER, parameters=parameters)
+    scaled = run("scale-salient-channels", spiky, batches)
+    assert scaled.fired
+    wanted = spiky.run(batches[0])["hidden"]
+    assert distance(wanted, scaled.program.run(batches[0])["hidden"]) < 1e-6
+    # s is a power of mean|X|, as published, by numpy: on a logarithmic scale the two are in proportion
+    seen = np.abs(np.concatenate([norm_output(spiky, batch) for batch in batches])).mean(0)
+    scale = np.log((scaled.program.parameters["q.w_1"] / parameters["q.w"]).double().numpy().mean(0))
+    line = np.polyfit(np.log(seen), scale, 1)
+    np.testing.assert_allclose(np.polyval(line, np.log(seen)), scale, atol=1e-5)
+    assert float(line[0] * 20) == pytest.approx(round(float(line[0] * 20)), abs=1e-3)
+    assert abs(scale.max() + scale.min()) < 1e-5
+    plain, eased = (run("quantize-weights", p, batches).program for p in (spiky, scaled.program))
+    assert distance(wanted, eased.run(batches[0])["hidden"]) < distance(wanted, plain.run(batches[0])["hidden"])
+
+
 def norm_output(program: Program, batch: dict[str, torch.Tensor]) -> np.ndarray:
     values = program.parameters["table"][batch["ids"]]
     normal = torch.nn.functional.layer_norm(
         values, (64,), program.parameters["norm.w"], program.parameters["norm.b"], 1e-5
     )
     return normal[batch["mask"].bool()].numpy()
+
+
+def test_gptq_loses_less_than_the_nearest_code(encoder: Program, batches: list[dict[str, torch.Tensor]]) -> None:
+    wanted = encoder.run(batches[0])["hidden"]
+    losses = [
+        distance(wanted, run("quantize-weights", encoder, batches, method=method).program.run(batches[0])["hidden"])
+        for method in ("gptq", "nearest")
+    ]
+    assert losses[0] < 0.9 * losses[1]
 
 
 @pytest.mark.parametrize("name", ["quantize-dynamic", "quantize-static", "quantize-weights"])
@@ -212,6 +244,8 @@ def with_nan_table() -> Program:
 REFUSED: list[tuple[str, Callable[[], Program], bool, type[Exception], str]] = [
     ("quantize-static", lambda: Program.parse(ENCODER), False, DataError, "--calibration"),
     ("smooth-outliers", lambda: Program.parse(ENCODER), False, DataError, "--calibration"),
+    ("scale-salient-channels", lambda: Program.parse(ENCODER), False, DataError, "--calibration"),
+    ("quantize-weights{method=gptq}", lambda: Program.parse(ENCODER), False, DataError, "--calibration"),
     ("quantize-dynamic{max_drift=0.1}", lambda: Program.parse(ENCODER), False, DataError, "max_drift measures layers"),
     ("quantize-static", with_constant_input, True, DataError, "layer.attention.query is always 2"),
     ("quantize-static", with_nan_table, True, DataError, "NaN or infinite"),

@@ -129,7 +129,15 @@ def _bytes_moved(node: fx.Node, inputs: list[Any], result: Any) -> int:
     if getattr(node.target, "_opname", "") in _GATHERS:
         # of a table, only the rows that are asked for are read
         return 2 * written + sum(_bytes(t) for value in inputs for t in _tensors(value) if not t.is_floating_point())
+    if getattr(node.target, "_opname", "") == "quantized_embedding":
+        return written + _rows_read(inputs)
     return written + sum(_bytes(tensor) for value in inputs for tensor in _tensors(value))
+
+
+def _rows_read(inputs: list[torch.Tensor]) -> int:
+    """Count the bytes of the indices, and of the rows they ask for of codes, scales and zero points."""
+    codes, indices, *steps = inputs
+    return _bytes(indices) + sum(indices.numel() * _bytes(table) // len(table) for table in (codes, *steps))
 
 
 def _flops(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "console_beside",
     "cost_lines",
     "evaluation_lines",
+    "execution_line",
     "history_table",
     "print_json",
     "rejected_table",
@@ -56,6 +57,13 @@ def write_json(path: Path | None, values: Any) -> None:
         print_json(values)
     else:
         write_atomically(path, _as_json(values))
+
+
+def execution_line(execution: Mapping[str, int]) -> str:
+    """Say what executes in integers and what is only stored in few bits; nothing where all is in float."""
+    if all(what.endswith("in float") and "stored" not in what for what in execution):
+        return ""
+    return "; ".join(f"{count} {what}" for what, count in execution.items())
 
 
 def print_json(values: Any) -> None:

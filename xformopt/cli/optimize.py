@@ -209,5 +209,7 @@ def _print_result(done: Optimized, path: Path, explain: bool, console: Console) 
         console.print()
         console.print(display.evaluation_lines(done.evaluation))
     console.print()
+    if line := display.execution_line(done.artifact.manifest.execution):
+        console.print(line, soft_wrap=True)
     beside = " with bench.json and report.html" if done.report is not None else ""
     console.print(f"wrote {path} ({bytes_(done.artifact.size_bytes)}){beside}", markup=False, soft_wrap=True)

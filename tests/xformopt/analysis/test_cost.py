@@ -82,6 +82,20 @@ return l=%m, c=%c
     assert found["m"].flops == 2 * 28 * 5
 
 
+def test_of_a_quantized_table_only_some_rows_are_read() -> None:
+    text = """program "m" target
+dim batch in [1, inf]
+input %ids: i64[batch,5] below 1000
+param %codes: u8[1000,32]
+param %scale: f32[1000,2]
+param %zero: u8[1000,1]
+%y: f32[batch,5,64] = xf.quantized_embedding(%codes, %ids, %scale, %zero) {bits=4}
+return y=%y
+"""
+    (found,) = cost(Program.parse(text), {"batch": 2}).by_node
+    assert found.bytes == 10 * (4 * 64 + 8 + 32 + 2 * 4 + 1)
+
+
 def test_takes_missing_sizes_from_the_example() -> None:
     program = parse(LIFTED, "lifted")
     assert cost(program).sizes == {"batch": 2, "length": 2}
