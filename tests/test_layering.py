@@ -36,7 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmark_worker": {"errors", "files", "measure", "lowering", "program"},
     "report": ANYTHING,
     # the jobs as functions, and the parts they are made of
-    **dict.fromkeys(("api", "comparison", "doctor", "evaluation", "inspection", "lineup", "original"), ANYTHING),
+    **dict.fromkeys(
+        ("api", "comparison", "doctor", "evaluation", "inspection", "lineup", "model_listing", "original", "tasks"),
+        ANYTHING,
+    ),
     "cli": ANYTHING,
     # the package itself: what `import xformopt as xo` offers, imported when it is asked for
     "": ANYTHING,

@@ -1,4 +1,4 @@
-"""The jobs xformopt does, each a function: optimize, export, inspect, bench.  The command line only adds words."""
+"""The jobs xformopt does, each a function: optimize, export, bench, evaluate.  The command line only adds words."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ from xformopt.comparison import (
     unique_names,
 )
 from xformopt.errors import MeasurementError
+from xformopt.evaluation import (
+    Evaluation,
+    artifact_subject,
+    calibration_of,
+    check_fit,
+    evaluate,
+    judge,
+    program_subject,
+)
 from xformopt.files import check_output, staged_file
 from xformopt.inspection import Inspection, Plan, inspect, passes_of, plan
 from xformopt.lineup import sort_candidates
@@ -29,12 +38,25 @@ from xformopt.original import Model, Original, capture_original, chosen_inputs, 
 from xformopt.pipeline import Pass, Pipeline, PipelineResult, Record
 from xformopt.pipeline.run import describe
 from xformopt.program import Program
+from xformopt.tasks import task_for
 
 if TYPE_CHECKING:
     from xformopt.lowering.artifact import Artifact
+    from xformopt.models.tasks.task import Task
     from xformopt.report.schema import BenchReport
 
-__all__ = ["Inspection", "Optimized", "Plan", "bench", "export", "inspect", "optimize", "plan"]
+__all__ = [
+    "Evaluation",
+    "Inspection",
+    "Optimized",
+    "Plan",
+    "bench",
+    "evaluate",
+    "export",
+    "inspect",
+    "optimize",
+    "plan",
+]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -50,6 +72,7 @@ class Optimized:
         result: The optimized Program and the record of every pass.
         report: The comparison with the original; None where it was not asked for.
         original: What was optimized.
+        evaluation: What the artifact and the original reach on the task, where one was given.
 
     """
 
@@ -57,6 +80,7 @@ class Optimized:
     result: PipelineResult
     report: BenchReport | None
     original: Original
+    evaluation: Evaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON of ``optimize --json``."""
@@ -67,6 +91,7 @@ class Optimized:
             "notes": list(self.original.notes),
             "passes": [describe(record) for record in self.result.history],
             "bench": self.report.to_dict() if self.report else None,
+            "task": self.evaluation.to_dict() if self.evaluation else None,
         }
 
 
@@ -78,6 +103,7 @@ def optimize(
     recipe: str | Path | None = "exact",
     passes: Iterable[str | Pass] = (),
     calibration: str | Path | Iterable[Mapping[str, torch.Tensor]] = (),
+    task: str | Task | None = None,
     batch: int | None = None,
     length: int | None = None,
     max_drift: float | None = None,
@@ -104,6 +130,8 @@ def optimize(
         recipe: A recipe by name or file; None: none.
         passes: Further passes, as objects or as text (``"fuse-qkv{option=value}"``).
         calibration: A file (see ``xformopt.calibration``), or batches of tensors by input name.
+        task: A task or its name: judges the result and the original, and supplies the calibration data where none is
+            given.
         batch: Size of the batch to choose forms for and to measure at; that of the example where left out.
         length: The same of the length.
         max_drift: Largest relative L2 to the original that a lossy pass may reach.
@@ -133,13 +161,18 @@ def optimize(
     steps = passes_of(recipe, passes)
     progress("capture", 0, 1)
     original = capture_original(model, trust_remote_code=trust_remote_code, length=length)
+    chosen = task_for(task, original.label) if task is not None else None
+    batches = _batches(calibration, original)
+    if chosen is not None:
+        check_fit(chosen, program_subject(original.program, original.label))
+        batches = [*batches] or calibration_of(chosen, original.program)
     sizes = chosen_sizes(original.program, batch, length)
     inputs = chosen_inputs(original.program, batch, length, seed=seed)
     settings = BenchSettings(threads=threads, rounds=rounds, seed=seed)
     measures = (bench or keep_if_faster) and any(step.effect != "exact" for step in steps)
     result = Pipeline(steps, max_drift, strict, keep_if_faster).run(
         original.program,
-        _batches(calibration, original),
+        batches,
         target,
         seed=seed,
         assume=assume,
@@ -159,13 +192,17 @@ def optimize(
         files=original.files,
         progress=progress,
     )
+    evaluation = None
+    if chosen is not None:
+        eager = program_subject(original.program, original.label)
+        evaluation = judge(chosen, artifact_subject(artifact), eager, progress)
     report = None
     if bench:
         report = _against_the_original(artifact, original, inputs, settings, result.history, progress)
     if output is not None:
         progress("saving", 0, 1)
         artifact = artifact.save(output, overwrite=overwrite, program=keep_program, documents=_documents(report))
-    return Optimized(artifact, result, report, original)
+    return Optimized(artifact, result, report, original, evaluation)
 
 
 def export(

@@ -17,7 +17,7 @@ from xformopt.original import Model, Original, capture_original, chosen_inputs
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Lineup", "sort_candidates"]
+__all__ = ["Lineup", "open_artifact", "sort_candidates"]
 
 
 @dataclass
@@ -87,7 +87,7 @@ def sort_candidates(
             continue
         if isinstance(item, str | Path) and Path(item).suffix == ".onnx":
             lineup.candidates.append(onnx_candidate(Path(item).expanduser()))
-        elif (artifact := _artifact(item)) is not None:
+        elif (artifact := open_artifact(item)) is not None:
             lineup.kept.append(artifact)
             name = artifact.target if isinstance(item, Artifact) else Path(str(item)).resolve().name
             lineup.candidates.append(artifact_candidate(artifact, name))
@@ -104,11 +104,17 @@ def sort_candidates(
     return lineup
 
 
-def _artifact(item: Artifact | Model) -> Artifact | None:
+def open_artifact(item: Artifact | Model, *, threads: int | None = None) -> Artifact | None:
+    """Return the artifact that an item is or whose directory it names; None for anything else.
+
+    Raises:
+        ArtifactError: the directory is damaged.
+
+    """
     if isinstance(item, Artifact):
         return item
     if isinstance(item, str | Path) and (Path(item).expanduser() / "artifact.json").is_file():
-        return load(item)
+        return load(item, threads=threads)
     return None
 
 

@@ -189,10 +189,10 @@ def _bag_of_tokens(trained: tuple[Expression, ...], tested: tuple[Expression, ..
     def penalized() -> torch.Tensor:
         optimizer.zero_grad()
         loss = functional.cross_entropy(inputs @ weights, answers) + 1e-4 * weights.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(penalized)  # type: ignore[no-untyped-call]
+    optimizer.step(penalized)
     shares, answers = _shares(tested)
     inputs = torch.cat([(shares - mean) / deviation, torch.ones(len(shares), 1)], 1)
     return float(((inputs @ weights.detach()).argmax(1) == answers).double().mean())

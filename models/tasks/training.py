@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -79,13 +80,13 @@ def fit(module: nn.Module, loss: Loss, schedule: Schedule, progress: Progress) -
     optimizers = _optimizers(module, schedule)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor) for optimizer in optimizers]
     module.train().requires_grad_(True)
-    called = torch.compile(module) if schedule.compiled else module
+    called = cast(nn.Module, torch.compile(module)) if schedule.compiled else module
     mean = 0.0
     for step in range(schedule.steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bfloat16):
             value = loss(called, generator, step / schedule.steps)
         module.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), schedule.clip)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()

@@ -21,7 +21,7 @@ from xformopt.errors import CaptureError, UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["bind_inputs", "load_factory"]
+__all__ = ["bind_inputs", "load_factory", "load_object"]
 
 RETURN = (
     "Return a torch.nn.Module that has a method example_inputs(), or a pair of a module and its example "
@@ -44,14 +44,7 @@ def load_factory(spec: str) -> Source:
         CaptureError: The module or name does not exist, the factory raises, or it returns something else.
 
     """
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name or not all(part.isidentifier() for part in f"{module_name}.{name}".split(".")):
-        raise UsageError(
-            f'"{spec}" is not of the form package.module:factory: expected the import path of a Python '
-            "module, a colon, and the name of a function in it that returns the model."
-        )
-    _make_working_directory_importable()
-    factory = _attribute(_import(module_name), name, spec)
+    factory = load_object(spec)
     result = factory if _is_module(factory) else _call(factory, spec)
     module, given = _take(result, spec)
     inputs = bind_inputs(module, given, spec)
@@ -66,6 +59,31 @@ def load_factory(spec: str) -> Source:
         description=f"{type(module).__name__} from {spec}",
         notes=tuple(f"the module has {dtype} parameters, kept as they are" for dtype in dtypes),
     )
+
+
+def load_object(spec: str, returns: str = RETURN) -> Any:
+    """Import what ``package.module:name`` names, which must be callable; the working directory is made importable.
+
+    Args:
+        spec: A module's import path, a colon, and a name in it; dots reach into it.
+        returns: What to say of what it has to be, where it cannot be called.
+
+    Raises:
+        UsageError: `spec` does not have this form.
+        CaptureError: The module or name does not exist, or importing it raises.
+
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name or not all(part.isidentifier() for part in f"{module_name}.{name}".split(".")):
+        raise UsageError(
+            f'"{spec}" is not of the form package.module:name: expected the import path of a Python module, a colon, '
+            "and the name of something in it, such as a function that returns the model."
+        )
+    _make_working_directory_importable()
+    found = _attribute(_import(module_name), name, spec)
+    if not callable(found):
+        raise CaptureError(f'"{spec}" is a {type(found).__name__}, which cannot be called. {returns}')
+    return found
 
 
 def bind_inputs(module: torch.nn.Module, given: Any, where: str) -> dict[str, torch.Tensor]:
@@ -128,8 +146,6 @@ def _attribute(module: Any, name: str, spec: str) -> Any:
             hint = f' Did you mean "{near[0]}"?' if near else ""
             raise CaptureError(f'"{module.__name__}" has no "{part}", which "{spec}" asks for.{hint}')
         found = getattr(found, part)
-    if not callable(found):
-        raise CaptureError(f'"{spec}" is a {type(found).__name__}, which cannot be called. {RETURN}')
     return found
 
 

@@ -27,9 +27,15 @@ __all__ = [
     "ZooModel",
     "classify",
     "resolve",
+    "zoo_names",
 ]
 
-ZOO = ("minilm",)
+# its weights come with an extra, not with the package
+MINILM = "minilm"
+_EXPECTED = (
+    "a zoo name (`xformopt models` lists them), a Hugging Face directory, package.module:factory, a .pt2 file, or an "
+    "artifact directory"
+)
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -71,12 +77,11 @@ class ArtifactDirectory:
 ModelForm: TypeAlias = ZooModel | HuggingFace | Factory | Archive | ArtifactDirectory
 
 
-def classify(model: str | Path, *, zoo: tuple[str, ...] = ZOO) -> ModelForm:
-    """Tell which form a MODEL has, by looking at names and paths only; nothing is loaded.
+def classify(model: str | Path) -> ModelForm:
+    """Tell which form a MODEL has, by looking at names and paths only; no weights are loaded.
 
     Args:
         model: What the user gave.
-        zoo: The names of the zoo.
 
     Raises:
         UsageError: It is a name that nothing bears; the message has the nearest one.
@@ -86,18 +91,27 @@ def classify(model: str | Path, *, zoo: tuple[str, ...] = ZOO) -> ModelForm:
     text = str(model)
     path = Path(model).expanduser()
     if not text.strip():
-        raise UsageError(f"The model is an empty name: expected {_expected(zoo)}.")
+        raise UsageError(f"The model is an empty name: expected {_EXPECTED}.")
     if path.exists():
         return _classify_path(path)
-    if text in zoo:
+    if text == MINILM or (isinstance(model, str) and _is_in_zoo(text)):
         return ZooModel(text)
     if isinstance(model, str) and FACTORY.fullmatch(text):
         return Factory(text)
     if path.suffix == ".pt2" or isinstance(model, Path) or "/" in text or "\\" in text:
-        raise CaptureError(f'There is no "{text}".{_near_path(path)} Expected {_expected(zoo)}.')
-    near = difflib.get_close_matches(text.lower().replace("_", "-"), zoo, n=1, cutoff=0.5)
-    hint = f' Did you mean "{near[0]}"?' if near else _near_path(path)
-    raise UsageError(f'There is no model "{text}".{hint} Expected {_expected(zoo)}.')
+        raise CaptureError(f'There is no "{text}".{_near_path(path)} Expected {_EXPECTED}.')
+    # a fold in braces is no part of the name
+    plain = text.partition("{")[0].lower().replace("_", "-")
+    near = difflib.get_close_matches(plain, zoo_names(), n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(map(_quoted, near))}?" if near else _near_path(path)
+    raise UsageError(f'There is no model "{text}".{hint} Expected {_EXPECTED}.')
+
+
+def zoo_names() -> tuple[str, ...]:
+    """Return all zoo names: what the package holds, and MiniLM."""
+    from xformopt.models.zoo import model_names
+
+    return (MINILM, *model_names())
 
 
 def resolve(
@@ -124,6 +138,8 @@ def resolve(
         return load_pt2(form.path)
     if isinstance(form, Factory):
         return load_factory(form.spec)
+    if isinstance(form, ZooModel) and form.name != MINILM:
+        return _load_zoo_model(form.name)
     return load_directory(
         form.path if isinstance(form, HuggingFace) else minilm_directory(),
         trust_remote_code=trust_remote_code,
@@ -166,8 +182,30 @@ def _near_path(path: Path) -> str:
     return f' Did you mean "{folder / near[0]}"?' if near else ""
 
 
-def _expected(zoo: tuple[str, ...]) -> str:
-    return (
-        f"a zoo name ({', '.join(zoo)}), a Hugging Face directory, package.module:factory, a .pt2 file, or "
-        "an artifact directory"
+def _is_in_zoo(name: str) -> bool:
+    from xformopt.models.zoo import is_model
+
+    return is_model(name)
+
+
+def _load_zoo_model(name: str) -> Source:
+    """Build a model of the package, with its trained weights where it has some."""
+    from xformopt.capture.factory import bind_inputs
+    from xformopt.capture.source import Source, check_finite
+    from xformopt.models.zoo import find_model
+
+    found = find_model(name)
+    module = found.build()
+    check_finite(module, f'"{name}"')
+    given = module.example_inputs()  # type: ignore[operator]
+    return Source(
+        module=module,
+        example_inputs=bind_inputs(module, given, name),
+        dynamic=None,
+        output_names=None,
+        description=f"{name}: {found.summary}",
     )
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'

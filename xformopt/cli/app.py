@@ -8,9 +8,10 @@ import typer
 
 from xformopt.cli.bench import bench
 from xformopt.cli.doctor import doctor
+from xformopt.cli.evaluate import evaluate
 from xformopt.cli.export import export
 from xformopt.cli.inspect import inspect
-from xformopt.cli.listings import passes, targets
+from xformopt.cli.listings import models, passes, targets
 from xformopt.cli.optimize import optimize
 from xformopt.cli.report import report
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (optimize, export, inspect, bench, report, passes, targets, doctor):
+for command in (optimize, export, inspect, bench, report, evaluate, passes, targets, models, doctor):
     app.command()(command)
 
 
@@ -42,6 +43,6 @@ def xformopt(
 ) -> None:
     """A compiler for transformer-like models: capture, optimize with verified passes, lower, and measure.
 
-    MODEL is a zoo name (minilm), a Hugging Face directory, package.module:factory, a .pt2 file or an artifact
+    MODEL is a zoo name (see models), a Hugging Face directory, package.module:factory, a .pt2 file or an artifact
     directory. Exit status: 0 done, 1 the work failed, 2 wrong usage.
     """

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from xformopt.evaluation import Evaluation
     from xformopt.inspection import Inspection
     from xformopt.pipeline import Record
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_json",
     "console_beside",
     "cost_lines",
+    "evaluation_lines",
     "history_table",
     "print_json",
     "rejected_table",
@@ -144,3 +146,18 @@ def cost_lines(inspection: Inspection) -> Table:
         *((f"  {name}", count) for name, count in cost.operators.items()),
     ]
     return table(["", ""], rows)
+
+
+def evaluation_lines(evaluation: Evaluation) -> Table:
+    """Tell what a model reached on a task, its original beside it, and what trivial predictors reach."""
+    task, score, baseline = evaluation.task, evaluation.score, evaluation.baseline
+    where = f"{task.name}, {score.count:,} items" + (f" of fold {task.fold}" if task.folds > 1 else "")
+    rows = [(where, "", ""), (evaluation.target, task.metric, f"{score.value:.4f}")]
+    if baseline is not None and evaluation.target != "eager":
+        rows.append(("the original in eager mode", "", f"{baseline.value:.4f}"))
+    if baseline is not None and evaluation.target != "eager" and (interval := evaluation.difference):
+        difference = f"{score.value - baseline.value:+.4f}, 95% between {interval.low:+.4f} and {interval.high:+.4f}"
+        rows.append(("difference", "", difference))
+    rows += [("", name.replace("_", " "), f"{value:.4g}") for name, value in score.details.items()]
+    rows += [(f"for comparison: {name}", "", f"{value:.4f}") for name, value in task.baselines().items()]
+    return table(["", "", ""], rows)

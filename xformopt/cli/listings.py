@@ -1,4 +1,4 @@
-"""``xformopt passes`` and ``xformopt targets``."""
+"""``xformopt passes``, ``xformopt targets`` and ``xformopt models``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from xformopt.cli import display
 from xformopt.cli import options as o
 
-__all__ = ["passes", "targets"]
+__all__ = ["models", "passes", "targets"]
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -54,3 +54,25 @@ def targets(json: _AsJson = False, debug: o.Debug = False) -> None:
         return
     rows = [(target.name, "yes" if target.available else "no", target.why_not) for target in found]
     display.console_beside(None).print(display.table(["target", "available", "why not"], rows))
+
+
+def models(json: _AsJson = False, debug: o.Debug = False) -> None:
+    """List the models of the zoo, and what running each on its example costs."""
+    from xformopt.model_listing import list_models
+
+    found = list_models()
+    if json:
+        display.print_json([info.to_dict() for info in found])
+        return
+    rows = [
+        (
+            info.name,
+            "?" if info.parameters is None else f"{info.parameters:,}",
+            "?" if info.flops is None else f"{info.flops / 1e9:,.3f}",
+            info.summary,
+            "; ".join(info.sources),
+        )
+        for info in found
+    ]
+    columns = ["model", "parameters", "GFLOP", "what it is", "sources"]
+    display.console_beside(None).print(display.table(columns, rows, right=("parameters", "GFLOP")))

@@ -46,6 +46,10 @@ def optimize(
         Path | None,
         typer.Option("--calibration", metavar="DATA", help="An .npz, .safetensors or text file, one input per line."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="NAME", help="Judge the result on a task, which supplies calibration data too."),
+    ] = None,
     batch: o.Batch = None,
     length: o.Length = None,
     max_drift: Annotated[
@@ -116,6 +120,7 @@ def optimize(
             path,
             **chosen,
             calibration=calibration or (),
+            task=task,
             max_drift=max_drift,
             strict=strict,
             keep_if_faster=keep_if_faster,
@@ -200,6 +205,9 @@ def _print_result(done: Optimized, path: Path, explain: bool, console: Console) 
     if done.report is not None:
         console.print()
         print_report(done.report, console)
+    if done.evaluation is not None:
+        console.print()
+        console.print(display.evaluation_lines(done.evaluation))
     console.print()
     beside = " with bench.json and report.html" if done.report is not None else ""
     console.print(f"wrote {path} ({bytes_(done.artifact.size_bytes)}){beside}", markup=False, soft_wrap=True)

@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from xformopt.errors import MeasurementError
 
-__all__ = ["Interval", "Percentiles", "Ratio", "median_interval", "percentiles", "ratio_of_medians"]
+__all__ = [
+    "Interval",
+    "Percentiles",
+    "Ratio",
+    "median_interval",
+    "paired_difference",
+    "percentiles",
+    "ratio_of_medians",
+]
 
 Rounds = Sequence[Sequence[float]]
 
@@ -98,6 +106,39 @@ def ratio_of_medians(
     ratios = _resampled_medians(before, draws) / _resampled_medians(after, draws)
     by_round = np.array([np.median(b) / np.median(a) for b, a in zip(before, after, strict=True)])
     return Ratio(value, _interval(ratios, by_round, confidence))
+
+
+def paired_difference(
+    baseline: Sequence[float],
+    values: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """Return the bootstrap interval of the difference between two means over the same items, or None for one item.
+
+    Args:
+        baseline: What is subtracted, by item.
+        values: What it is subtracted from; item ``i`` is that of the baseline.
+        weights: What each item counts; None: the same.
+        confidence: How often the interval covers the truth.
+        resamples: How many times items are drawn.
+        seed: Of the draws.
+
+    """
+    if len(values) < 2:
+        return None
+    counts = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    differences = (np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)) * counts
+    means = np.empty(resamples)
+    for start in range(0, resamples, _CHUNK):
+        draws = _draws(len(values), min(_CHUNK, resamples - start), seed + start)
+        means[start : start + _CHUNK] = (draws @ differences) / (draws @ counts)
+    tail = (1 - confidence) / 2
+    low, high = (float(edge) for edge in np.quantile(means, (tail, 1 - tail)))
+    return Interval(low, high)
 
 
 def _groups(rounds: Rounds) -> list[npt.NDArray[np.float64]]:

@@ -32,6 +32,7 @@ __all__ = [
     "list_passes",
     "parse_pass",
     "pass_files",
+    "split_options",
 ]
 
 _PACKAGE = "xformopt.passes"
@@ -158,15 +159,29 @@ def parse_pass(text: str) -> Pass:
         UsageError: the text, the name, an option or a value is wrong.
 
     """
+    return build_pass(*split_options(text, "pass"))
+
+
+def split_options(text: str, what: str) -> tuple[str, dict[str, object]]:
+    """Split ``name{option=value,...}`` into the name and its options, values as text, lists of text or None.
+
+    Args:
+        text: As the user wrote it.
+        what: What is named, for the message.
+
+    Raises:
+        UsageError: the text has another form.
+
+    """
     if not (found := _WRITTEN.fullmatch(text.strip())):
-        raise UsageError(f"{text!r} is not a pass: write NAME or NAME{{option=value,...}}.")
+        raise UsageError(f"{text!r} is not a {what}: write NAME or NAME{{option=value,...}}.")
     options: dict[str, object] = {}
     for part in _split(found["options"] or ""):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
             raise UsageError(f"{part!r} in {text!r} is not an option: write option=value.")
         options[name.strip()] = _read(value.strip())
-    return build_pass(found["name"], options)
+    return found["name"], options
 
 
 def build_pass(name: str, options: Mapping[str, object]) -> Pass:

@@ -1,0 +1,92 @@
+"""The digits: folds that share nothing, inputs as promised, and models that reach what they are said to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xformopt.models.tasks.classification import divergence
+from xformopt.models.tasks.digits import Digits
+from xformopt.models.zoo import find_trained
+
+pytest.importorskip("sklearn")
+
+
+def rows_of(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_the_folds_divide_the_data() -> None:
+    parts = [torch.cat([batch.inputs["pixel_values"] for batch in Digits(fold).test()]) for fold in range(5)]
+    assert [len(part) for part in parts] == [360, 360, 359, 359, 359]
+    assert len(set().union(*map(rows_of, parts))) == 1797
+    labels = torch.cat([batch.targets["label"] for batch in Digits(3).test()])
+    assert labels.bincount().min() >= 34
+
+
+def test_nothing_tested_is_seen_before() -> None:
+    task = Digits(1)
+    tested = rows_of(torch.cat([batch.inputs["pixel_values"] for batch in task.test()]))
+    assert not tested & rows_of(task.training()[0])
+    calibration = torch.cat([batch["pixel_values"] for batch in task.calibration()])
+    assert len(calibration) == 240
+    assert not tested & rows_of(calibration)
+
+
+def test_the_images_are_normalized() -> None:
+    images, labels = Digits().training()
+    assert images.shape[1:] == (1, 32, 32)
+    assert abs(float(images.mean())) < 0.02
+    assert 0.8 < float(images.std()) < 1.2
+    assert labels.dtype == torch.int64
+
+
+def test_a_fold_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="fold must be 0 to 4, but is 5"):
+        Digits(5)
+
+
+def test_baselines_are_far_below_a_model() -> None:
+    found = Digits().baselines()
+    assert 0.09 < found["commonest class"] < 0.12
+    assert 0.85 < found["nearest class mean"] < 0.93
+
+
+def test_divergence_is_that_of_the_definition() -> None:
+    wanted, logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.randn(5, 3)
+    p, q = wanted.double().softmax(1), logits.double().softmax(1)
+    expected = [sum(float(p[i, c]) * float((p[i, c] / q[i, c]).log()) for c in range(3)) for i in range(5)]
+    assert divergence(wanted, logits).tolist() == pytest.approx(expected)
+    assert divergence(wanted, wanted).tolist() == [0.0] * 5
+
+
+def test_distortions_are_small_and_drawn_from_the_generator() -> None:
+    from xformopt.models.tasks.digits_models import distort
+
+    images, _ = Digits().training()
+    drawn = [distort(images[:8], torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    # what comes in from outside is background, as dark as the darkest pixel
+    assert float(drawn[0].min()) >= float(images.min()) - 1e-5
+    assert 0.5 < float((drawn[0] * images[:8]).mean() / (images[:8] ** 2).mean()) < 1
+
+
+def test_one_fold_of_the_vit_is_right() -> None:
+    model = find_trained("digits-vit")
+    module = model.build()
+    score = Digits(0).evaluate(lambda inputs: module(**inputs))
+    assert score.count == 360
+    assert score.value >= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-vit", "digits-pvt"])
+def test_out_of_fold_accuracy(name: str) -> None:
+    model, right, count = find_trained(name), 0.0, 0
+    for fold in range(model.folds):
+        module = model.on_fold(fold).build()
+        score = Digits(fold).evaluate(lambda inputs, module=module: module(**inputs))
+        right, count = right + score.value * score.count, count + score.count
+    assert count == 1797
+    assert right / count >= 0.97
