@@ -67,5 +67,6 @@ TRAINED = (
         train=_train,
         sources=("Radford et al. 2019, Language Models are Unsupervised Multitask Learners",),
         summary="GPT-2's form in 4 layers over bytes, trained on the source of the Python standard library",
+        released=False,
     ),
 )
