@@ -35,6 +35,7 @@ class Trained:
         summary: One line for a listing.
         folds: How many checkpoints there are, each trained without one fold of the task's data.
         fold: Which of them this is; the part of the data it has not seen.
+        released: Whether its checkpoints are part of the package; until they are, only ``tools/train.py`` finds it.
 
     """
 
@@ -46,6 +47,7 @@ class Trained:
     summary: str
     folds: int = 1
     fold: int = 0
+    released: bool = True
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""Models trained on the digits, one checkpoint for each fold, and how they were trained."""
+"""The model trained on the digits, one checkpoint for each fold, and how it was trained."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from xformopt.models.pvt import Pvt, PvtConfig
 from xformopt.models.tasks.digits import DEVIATION, MEAN, SIZE, Digits
 from xformopt.models.tasks.task import Progress
 from xformopt.models.tasks.training import Schedule, fit
 from xformopt.models.trained import Trained
 from xformopt.models.vit import ViT, ViTConfig
 
-__all__ = ["TRAINED", "distort"]
+__all__ = ["TRAINED", "distort", "some_patches"]
 
 _BATCH = 32
 _EPOCHS = 40
@@ -31,21 +30,6 @@ def _vit() -> nn.Module:
     return ViT(ViTConfig(image_size=SIZE, in_channels=1, patch=4, width=64, depth=8, heads=4, mlp_ratio=2, classes=10))
 
 
-def _pvt() -> nn.Module:
-    return Pvt(
-        PvtConfig(
-            image_size=SIZE,
-            in_channels=1,
-            widths=(32, 48, 64, 96),
-            depths=(2, 2, 2, 2),
-            heads=(1, 2, 4, 4),
-            reductions=(2, 2, 1, 1),
-            mlp_ratios=(2, 2, 2, 2),
-            classes=10,
-        )
-    )
-
-
 def _train(module: nn.Module, fold: int, progress: Progress) -> None:
     """Cross-entropy with smoothed labels, on images distorted anew in every step."""
     images, labels = Digits(fold).training()
@@ -53,7 +37,7 @@ def _train(module: nn.Module, fold: int, progress: Progress) -> None:
     def loss(module: nn.Module, generator: torch.Generator, done: float) -> torch.Tensor:
         rows = torch.randint(len(images), (_BATCH,), generator=generator)
         shown = distort(images[rows], generator)
-        with _some_patches(module, generator) if done < _PARTLY else contextlib.nullcontext():
+        with some_patches(module, generator, done < _PARTLY):
             logits = module(shown)["logits"]
         return nn.functional.cross_entropy(logits, labels[rows], label_smoothing=_SMOOTHING)
 
@@ -61,11 +45,11 @@ def _train(module: nn.Module, fold: int, progress: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _some_patches(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
+def some_patches(module: nn.Module, generator: torch.Generator, wanted: bool) -> Iterator[None]:
     """Let the blocks of a ViT see the class token and half of the patches of each image, drawn anew: PatchDropout
-    (Liu et al., arXiv 2208.07220), which halves the time and regularizes.  Other models see all.
+    (Liu et al., arXiv 2208.07220), which halves the time and regularizes.
     """
-    if not isinstance(module, ViT):
+    if not wanted or not isinstance(module, ViT):
         yield
         return
     prefix, patches = module.config.prefix, module.config.patches
@@ -108,15 +92,6 @@ TRAINED = (
         train=_train,
         sources=("Dosovitskiy et al. 2020, An Image is Worth 16x16 Words, arXiv 2010.11929",),
         summary="ViT of 8 layers and 65 tokens, trained on the digits",
-        folds=Digits.folds,
-    ),
-    Trained(
-        name="digits-pvt",
-        task="digits",
-        module=_pvt,
-        train=_train,
-        sources=("Wang et al. 2021, PVT v2: Improved Baselines with Pyramid Vision Transformer, arXiv 2106.13797",),
-        summary="PVT v2 of 8 layers in four stages, trained on the digits",
         folds=Digits.folds,
     ),
 )

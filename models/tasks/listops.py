@@ -3,7 +3,7 @@
 Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", arXiv 1804.06028, in the form of Tay et
 al., "Long Range Arena", arXiv 2011.04006: digits, maximum, minimum, median and sum modulo 10; lists of 2 to 10 entries
 nested up to 10 deep, each entry a list with probability 1/4; the brackets that would make it a binary tree are left
-out, as they are there.  Expressions have 32 to 512 tokens (there 500 to 2,000) and are drawn from a seed.
+out, as they are there.  Expressions have 8 to 512 tokens (there 500 to 2,000) and are drawn from a seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xformopt.models.tasks.task import Batch
 
 __all__ = ["LONGEST", "SHORTEST", "VOCABULARY", "Expression", "ListOps", "draw", "encode", "pad", "written"]
 
-SHORTEST, LONGEST = 32, 512
+SHORTEST, LONGEST = 8, 512
 DIGITS = 10
 _PADDING, _FIRST_DIGIT = 0, 1
 _NESTED = 0.25
@@ -144,7 +144,7 @@ class ListOps(Classification):
     """Accuracy of a bidirectional encoder that answers nested list operations."""
 
     name: ClassVar[str] = "listops"
-    summary: ClassVar[str] = "nested list operations of 32 to 512 tokens, ten answers (Long Range Arena)"
+    summary: ClassVar[str] = "nested list operations of 8 to 512 tokens, ten answers (Long Range Arena)"
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:

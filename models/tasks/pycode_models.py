@@ -16,7 +16,7 @@ __all__ = ["TRAINED"]
 
 _BATCH = 8
 _SCHEDULE = Schedule(
-    steps=900, rate=3e-3, warmup=0.1, betas=(0.9, 0.95), muon=True, cooldown=0.4, bfloat16=True, compiled=True
+    steps=800, rate=3e-3, warmup=0.125, betas=(0.9, 0.95), muon=True, cooldown=0.25, bfloat16=True, compiled=True
 )
 
 
@@ -67,5 +67,6 @@ TRAINED = (
         train=_train,
         sources=("Radford et al. 2019, Language Models are Unsupervised Multitask Learners",),
         summary="GPT-2's form in 4 layers over bytes, trained on the source of the Python standard library",
+        released=False,
     ),
 )

@@ -80,7 +80,6 @@ def fit(module: nn.Module, loss: Loss, schedule: Schedule, progress: Progress) -
     optimizers = _optimizers(module, schedule)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor) for optimizer in optimizers]
     module.train().requires_grad_(True)
-    # a module compiled is a module, which torch's annotation does not say
     called = cast(nn.Module, torch.compile(module)) if schedule.compiled else module
     mean = 0.0
     for step in range(schedule.steps):

@@ -17,9 +17,8 @@ def score_of(name: str) -> Score:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pycode-llama"])
-def test_pycode(name: str) -> None:
-    score = score_of(name)
+def test_pycode() -> None:
+    score = score_of("pycode-llama")
     # another patch release of Python has other modules: a little room, since the figures are of one of them
     known = pycode.held_out_digest() == pycode.MEASURED_DIGEST
     assert score.value <= (1.8 if known else 1.9)
@@ -33,11 +32,6 @@ def test_recall_needs_reach() -> None:
     # at every length, not only on average
     assert min(float(part.mean()) for part in score.items.split(1024)) >= 0.95
     assert score_of("recall-window").value < 0.2
-
-
-@pytest.mark.slow
-def test_listops_beats_what_needs_no_tree() -> None:
-    assert score_of("listops-t5").value >= 0.45
 
 
 @pytest.mark.slow
