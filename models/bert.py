@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xformopt.models.architecture import Architecture
-from xformopt.models.blocks import Attention, Mlp, draw_weights
+from xformopt.models.blocks import Attention, Mlp, PostNormBlock, draw_weights
 from xformopt.models.examples import example_mask, example_tokens
 
 __all__ = ["ARCHITECTURES", "Bert", "BertConfig"]
@@ -46,21 +46,6 @@ class BertConfig:
     eps: float = 1e-12
 
 
-class PostNormBlock(nn.Module):
-    """``norm(x + attention(x))``, then ``norm(x + mlp(x))``: the transformer's first form."""
-
-    def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
-        super().__init__()
-        self.attention, self.attention_norm = Attention(width, heads), nn.LayerNorm(width, eps)
-        self.mlp, self.mlp_norm = Mlp(width, hidden), nn.LayerNorm(width, eps)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``[B, T, C]`` to the same shape; ``mask`` as in :class:`Attention`."""
-        x = self.attention_norm(x + self.attention(x, mask))
-        x = self.mlp_norm(x + self.mlp(x))
-        return x
-
-
 class Bert(nn.Module):
     """Text classifier: ``input_ids`` and ``attention_mask`` ``[B, T]`` to ``logits`` ``[B, classes]``."""
 
@@ -71,7 +56,10 @@ class Bert(nn.Module):
         self.tokens = nn.Embedding(config.vocabulary, width)
         self.positions = nn.Embedding(config.length, width)
         self.embedding_norm = nn.LayerNorm(width, config.eps)
-        self.blocks = nn.ModuleList(PostNormBlock(width, config.heads, hidden, config.eps) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            PostNormBlock(width, Attention(width, config.heads), Mlp(width, hidden), config.eps)
+            for _ in range(config.depth)
+        )
         self.pooler = nn.Linear(width, width)
         self.head = nn.Linear(width, config.classes)
         draw_weights(self)

@@ -26,8 +26,10 @@ __all__ = [
     "Identity",
     "Mlp",
     "PatchEmbedding",
+    "PostNormBlock",
     "conv_norm",
     "draw_weights",
+    "from_windows",
     "merge_heads",
     "next_grid",
     "position_parameter",
@@ -35,6 +37,7 @@ __all__ = [
     "split_heads",
     "to_map",
     "to_tokens",
+    "to_windows",
 ]
 
 Grid: TypeAlias = tuple[int, int]
@@ -60,6 +63,20 @@ def to_map(x: Tensor, grid: Grid) -> Tensor:
 def to_tokens(x: Tensor) -> Tensor:
     """``[B, C, H, W]`` to ``[B, H * W, C]``."""
     return x.flatten(2).transpose(1, 2)
+
+
+def to_windows(x: Tensor, grid: Grid, window: Grid) -> Tensor:
+    """``[B, H * W, C]`` to ``[B * windows, h * w, C]``: the grid cut into windows of ``h x w``, row by row."""
+    (rows, columns), (h, w) = grid, window
+    x = x.unflatten(1, (rows // h, h, columns // w, w))  # [B, H / h, h, W / w, w, C]
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def from_windows(x: Tensor, grid: Grid, window: Grid) -> Tensor:
+    """Undo :func:`to_windows`."""
+    (rows, columns), (h, w) = grid, window
+    x = x.unflatten(0, (-1, rows // h, columns // w)).unflatten(3, (h, w))  # [B, H / h, W / w, h, w, C]
+    return x.transpose(2, 3).flatten(1, 4)
 
 
 def next_grid(grid: Grid, kernel: int, stride: int, padding: int) -> Grid:
@@ -257,6 +274,21 @@ class Block(nn.Module):
         x = x + (mixed if self.mixer_scale is None else mixed * self.mixer_scale)
         mixed = self.mlp(self.mlp_norm(x))
         x = x + (mixed if self.mlp_scale is None else mixed * self.mlp_scale)
+        return x
+
+
+class PostNormBlock(nn.Module):
+    """``norm(x + mixer(x))``, then ``norm(x + mlp(x))``: the transformer's first form."""
+
+    def __init__(self, width: int, mixer: nn.Module, mlp: nn.Module, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.mixer, self.mixer_norm = mixer, nn.LayerNorm(width, eps)
+        self.mlp, self.mlp_norm = mlp, nn.LayerNorm(width, eps)
+
+    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
+        """``[B, T, C]`` to the same shape; ``context`` goes to the mixer."""
+        x = self.mixer_norm(x + self.mixer(x, *context))
+        x = self.mlp_norm(x + self.mlp(x))
         return x
 
 

@@ -4,8 +4,9 @@
     python tools/train.py digits-vit --fold 2        one of them
     python tools/train.py digits-vit --check         judge the checkpoints that are there, train nothing
 
-One thread, whatever the machine has: sums in another order would end in other weights.  A tenth of the way at a time,
-what there is goes to a file ``NAME.partial`` beside the checkpoint, which appears only when it is done.
+One thread, whatever the machine has: sums in another order would end in other weights.  Folds may be trained side by
+side, each by a process of its own.  A tenth of the way at a time, what there is goes to a file ``NAME.partial`` beside
+the checkpoint, which appears only when it is done.
 """
 
 from __future__ import annotations

@@ -67,9 +67,11 @@ def _by_name(info: ModelInfo) -> str:
 def _describe(found: Architecture | Trained) -> ModelInfo:
     # on the meta device weights have shapes and no values
     with torch.device("meta"):
-        module = found.module().eval()
+        module = found.module().eval().requires_grad_(False)
     inputs: dict[str, torch.Tensor] = module.example_inputs()  # type: ignore[operator]
     on_meta = {name: value.to("meta") for name, value in inputs.items()}
+    with torch.device("meta"):
+        flops = _count_flops(module, on_meta)
     return ModelInfo(
         name=found.name,
         summary=found.summary,
@@ -78,7 +80,7 @@ def _describe(found: Architecture | Trained) -> ModelInfo:
         folds=found.folds if isinstance(found, Trained) else 0,
         inputs={name: list(value.shape) for name, value in inputs.items()},
         parameters=_count_parameters(module),
-        flops=_count_flops(module, on_meta),
+        flops=flops,
     )
 
 

@@ -25,7 +25,7 @@ SIZE = 32
 _FOLDS = 5
 _SEED = 0
 _ROWS = 60
-_CALIBRATION_ROWS = 240
+_CALIBRATION_ITEMS, _CALIBRATION_ROWS = 240, 16
 # of all pixels, so that the inputs have about mean 0 and deviation 1
 MEAN, DEVIATION = 0.3053, 0.35
 
@@ -42,7 +42,7 @@ class Digits(Classification):
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """Return 240 images of the training folds, as they are."""
         images, _ = self.training()
-        return [{"pixel_values": rows} for rows in images[:_CALIBRATION_ROWS].split(_ROWS)]
+        return [{"pixel_values": rows} for rows in images[:_CALIBRATION_ITEMS].split(_CALIBRATION_ROWS)]
 
     def test(self) -> Iterator[Batch]:
         """Yield the images of the held-out fold, sixty at a time."""

@@ -29,7 +29,7 @@ __all__ = ["Retrieval", "corpus_digest"]
 _NEIGHBOURS = 10
 _TEST_PASSAGES = 600
 _CALIBRATION_PASSAGES = 128
-_ROWS = 16
+_ROWS, _CALIBRATION_ROWS = 16, 4
 # words of a passage: less says too little to be near anything, more is cut off by the encoder
 _FEWEST_WORDS, _MOST_WORDS = 12, 120
 _MOST_TOKENS = 128
@@ -48,11 +48,12 @@ class Retrieval(Task):
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """Return 128 passages that are not among the tested ones."""
-        return list(_encoded(_passages()[_TEST_PASSAGES : _TEST_PASSAGES + _CALIBRATION_PASSAGES]))
+        passages = _passages()[_TEST_PASSAGES : _TEST_PASSAGES + _CALIBRATION_PASSAGES]
+        return list(_encoded(passages, _CALIBRATION_ROWS))
 
     def test(self) -> Iterator[Batch]:
         """Yield 600 passages, sixteen at a time, padded to the longest of them."""
-        return (Batch(inputs, {}) for inputs in _encoded(_passages()[:_TEST_PASSAGES]))
+        return (Batch(inputs, {}) for inputs in _encoded(_passages()[:_TEST_PASSAGES], _ROWS))
 
     def judge(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, None]:
         """Refuse: an embedding is neither right nor wrong without the original's.
@@ -138,14 +139,14 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield text
 
 
-def _encoded(passages: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
+def _encoded(passages: tuple[str, ...], rows: int) -> Iterator[dict[str, torch.Tensor]]:
     tokenizer = _tokenizer()
-    for start in range(0, len(passages), _ROWS):
-        rows = tokenizer.encode_batch(list(passages[start : start + _ROWS]))
+    for start in range(0, len(passages), rows):
+        encoded = tokenizer.encode_batch(list(passages[start : start + rows]))
         yield {
-            "input_ids": torch.tensor([row.ids for row in rows]),
-            "attention_mask": torch.tensor([row.attention_mask for row in rows]),
-            "token_type_ids": torch.tensor([row.type_ids for row in rows]),
+            "input_ids": torch.tensor([row.ids for row in encoded]),
+            "attention_mask": torch.tensor([row.attention_mask for row in encoded]),
+            "token_type_ids": torch.tensor([row.type_ids for row in encoded]),
         }
 
 

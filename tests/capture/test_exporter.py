@@ -45,6 +45,22 @@ class Deciding(nn.Module):
         return x
 
 
+class Growing(nn.Module):
+    """Operators whose compiled shape rules read sizes as plain numbers."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        padded = nn.functional.pad(x[:, :, -3:], (0, 0, 0, 4))
+        return {"padded": padded, "doubled": nn.functional.interpolate(x, scale_factor=2.0)}
+
+
+def test_padding_and_interpolation_leave_the_batch_free() -> None:
+    program = xo.capture(Growing(), torch.randn(2, 3, 8, 8))
+    for batch in (1, 3):
+        found = program.run({"x": torch.randn(batch, 3, 8, 8)})
+        assert found["padded"].shape == (batch, 3, 7, 8)
+        assert found["doubled"].shape == (batch, 3, 16, 16)
+
+
 def test_every_module_keeps_its_mode() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
     model[1].eval()

@@ -37,6 +37,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("model", "form"),
     [
         ("minilm", ZooModel("minilm")),
+        ("vit-tiny", ZooModel("vit-tiny")),
+        ("digits-vit", ZooModel("digits-vit")),
+        ("digits-vit{fold=2}", ZooModel("digits-vit{fold=2}")),
         ("bert", HuggingFace(Path("bert"))),
         ("./bert/", HuggingFace(Path("bert"))),
         (Path("bert"), HuggingFace(Path("bert"))),
@@ -58,10 +61,14 @@ def test_a_path_wins_over_a_zoo_name(home: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "kind", "message"),
     [
-        ("minilmm", UsageError, 'Did you mean "minilm"?'),
-        ("MiniLM", UsageError, 'Did you mean "minilm"?'),
-        ("berta", UsageError, 'Did you mean "bert"?'),
+        ("minilmm", UsageError, 'Did you mean "minilm"'),
+        ("MiniLM", UsageError, 'Did you mean "minilm"'),
+        ("berta", UsageError, 'Did you mean "bert"'),
+        ("vit-tny", UsageError, '"vit-tiny"'),
+        ("digits_vit", UsageError, 'Did you mean "digits-vit"'),
+        ("digit-vit{fold=1}", UsageError, 'Did you mean "digits-vit"'),
         ("zzz", UsageError, "Expected a zoo name"),
+        ("zoo", UsageError, "`xformopt models` lists them"),
         ("", UsageError, "empty name"),
         ("./brt", CaptureError, 'Did you mean "bert"?'),
         ("modl.pt2", CaptureError, 'Did you mean "model.pt2"?'),
@@ -78,6 +85,18 @@ def test_names_that_mean_nothing(model: str | Path, kind: type[XformoptError], m
         classify(model)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_resolve_builds_a_model_of_the_zoo() -> None:
+    source = resolve("vit-tiny")
+    assert isinstance(source, Source)
+    assert list(source.example_inputs) == ["pixel_values"]
+    assert source.description.startswith("vit-tiny: ")
+    assert not any(parameter.requires_grad for parameter in source.module.parameters())
+    again = resolve("vit-tiny")
+    assert isinstance(again, Source)
+    weights = zip(source.module.parameters(), again.module.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
 
 
 def test_resolve_loads_each_form(

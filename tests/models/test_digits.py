@@ -86,7 +86,7 @@ def test_half_of_the_patches_are_seen_in_training_only() -> None:
     from xformopt.models.tasks.digits_models import some_patches
 
     model, seen = find_trained("digits-vit").fresh(), []
-    model.backbone.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    model.backbone.norm.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
     images = torch.zeros(2, 1, 32, 32)
     for wanted in (True, False):
         with some_patches(model, torch.Generator(), wanted), torch.no_grad():

@@ -102,8 +102,9 @@ def classify(model: str | Path) -> ModelForm:
         raise CaptureError(f'There is no "{text}".{_near_path(path)} Expected {_EXPECTED}.')
     # a fold in braces is no part of the name
     plain = text.partition("{")[0].lower().replace("_", "-")
-    near = difflib.get_close_matches(plain, zoo_names(), n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(map(_quoted, near))}?" if near else _near_path(path)
+    here = [entry.name for entry in Path().iterdir()]
+    near = difflib.get_close_matches(plain, [*zoo_names(), *here], n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(map(_quoted, near))}?" if near else ""
     raise UsageError(f'There is no model "{text}".{hint} Expected {_EXPECTED}.')
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from xformopt.program.program import Program
 
@@ -61,5 +62,6 @@ def infer_value(program: Program, node: fx.Node) -> Any:
     args = fx.map_arg(node.args, known)
     kwargs = fx.map_arg(node.kwargs, known)
     assert callable(node.target)
-    with program.dims.mode:
+    # without the dispatcher, some operators (pad, interpolate) are inferred in C++, which fixes every size it meets
+    with program.dims.mode, enable_python_dispatcher():
         return node.target(*args, **kwargs)
