@@ -16,7 +16,7 @@ from xformopt.models.trained import Trained
 
 __all__ = ["TRAINED", "ListEncoder"]
 
-_SCHEDULE = Schedule(steps=3000, rate=6e-3, warmup=0.02, betas=(0.9, 0.95), muon=True, cooldown=0.4, bfloat16=True)
+_SCHEDULE = Schedule(steps=8000, rate=6e-3, warmup=0.02, betas=(0.9, 0.95), muon=True, cooldown=0.4, bfloat16=True)
 # until which share of the steps expressions may have so many tokens: at first hardly a list has another inside
 _LESSONS = ((0.25, 16), (0.5, 48), (0.75, 192), (1.0, LONGEST))
 _SHORTEST = 4

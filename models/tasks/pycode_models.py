@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -40,7 +43,7 @@ def _gpt() -> nn.Module:
     return Gpt(GptConfig(vocabulary=VOCABULARY, length=CONTEXT, width=192, depth=4, heads=3))
 
 
-def _train(module: nn.Module, fold: int, progress: Progress) -> None:
+def _train(module: nn.Module, fold: int, progress: Progress, steps: int | None = None) -> None:
     """Cross-entropy of each next byte, on windows drawn from all modules but the held-out ones."""
 
     def loss(module: nn.Module, generator: torch.Generator, done: float) -> torch.Tensor:
@@ -48,7 +51,7 @@ def _train(module: nn.Module, fold: int, progress: Progress) -> None:
         logits = module(ids)["logits"][:, :-1].float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
-    fit(module, loss, _SCHEDULE, progress)
+    fit(module, loss, replace(_SCHEDULE, steps=steps or _SCHEDULE.steps), progress)
 
 
 TRAINED = (
@@ -64,7 +67,8 @@ TRAINED = (
         name="pycode-gpt",
         task="pycode",
         module=_gpt,
-        train=_train,
+        # learned positions and shared embeddings take longer to come to anything
+        train=partial(_train, steps=2400),
         sources=("Radford et al. 2019, Language Models are Unsupervised Multitask Learners",),
         summary="GPT-2's form in 4 layers over bytes, trained on the source of the Python standard library",
         released=False,
