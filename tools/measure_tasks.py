@@ -92,14 +92,22 @@ def checkpoints_of(name: str) -> str | None:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def measured() -> dict[str, Any]:
+    """Return what the file of results holds so far, by model."""
+    models: dict[str, Any] = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
+    return models
+
+
 def main() -> int:
     """Measure the models named on the command line, or all that have not been measured."""
-    known = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
+    known = measured()
     for name in sys.argv[1:] or [*trained(), MINILM]:
         digest = checkpoints_of(name)
         if not sys.argv[1:] and name in known and known[name]["checkpoints"] == digest:
             continue
-        known[name] = {**measure(name), "checkpoints": digest}
+        found = {**measure(name), "checkpoints": digest}
+        # read again: another process may have measured another model meanwhile
+        known = {**measured(), name: found}
         RESULTS.parent.mkdir(exist_ok=True)
         text = {"schema": "xformopt/tasks/1", "machine": vars(describe_machine()), "models": known}
         RESULTS.write_text(json.dumps(text, indent=1, default=str) + "\n")
