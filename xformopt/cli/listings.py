@@ -70,9 +70,15 @@ def models(json: _AsJson = False, debug: o.Debug = False) -> None:
             "?" if info.parameters is None else f"{info.parameters:,}",
             "?" if info.flops is None else f"{info.flops / 1e9:,.3f}",
             info.summary,
-            "; ".join(info.sources),
+            "; ".join(_shortened(source) for source in info.sources),
         )
         for info in found
     ]
     columns = ["model", "parameters", "GFLOP", "what it is", "sources"]
     display.console_beside(None).print(display.table(columns, rows, right=("parameters", "GFLOP")))
+
+
+def _shortened(source: str) -> str:
+    """Return the arXiv number of a source, which is enough to find it; the JSON has it whole."""
+    _, found, number = source.rpartition("arXiv ")
+    return f"arXiv {number}" if found else source
