@@ -90,7 +90,7 @@ def test_other_dtypes_are_noted(write: Write) -> None:
 
 @pytest.mark.parametrize("spec", ["module", ":make", "module:", "a b:c", "module:make()", "a:b:c", "a/b:c"])
 def test_not_a_spec(spec: str) -> None:
-    with pytest.raises(UsageError, match=r"package\.module:factory"):
+    with pytest.raises(UsageError, match=r"package\.module:name"):
         load_factory(spec)
 
 
