@@ -44,7 +44,8 @@ def _evaluate(
     program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], values: Mapping[fx.Node, Any]
 ) -> Any:
     if node.op == "placeholder":
-        return inputs[str(node.target)]
+        # views were traced on contiguous inputs; a slice of a larger tensor would not take them
+        return inputs[str(node.target)].contiguous()
     if node.op == "get_attr":
         return program.parameters[str(node.target)]
     args = fx.map_arg(node.args, values.__getitem__)
