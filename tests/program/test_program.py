@@ -42,9 +42,7 @@ def test_interpreting_is_running_the_module(program: Program) -> None:
 
 
 def test_inputs_may_be_slices_of_something_larger() -> None:
-    viewed = Program.parse(
-        'program "v" lifted\ninput %x: f32[2,3]\n%y: f32[6] = aten.view(%x) {size=[6]}\nreturn y=%y'
-    )
+    viewed = Program.parse('program "v" lifted\ninput %x: f32[2,3]\n%y: f32[6] = aten.view(%x) {size=[6]}\nreturn y=%y')
     x = torch.randn(2, 4)[:, :-1]
     assert torch.equal(viewed.run({"x": x})["y"], x.flatten())
 
