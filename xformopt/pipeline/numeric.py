@@ -17,6 +17,7 @@ from torch import fx
 from xformopt.analysis import cost
 from xformopt.errors import XformoptError
 from xformopt.program import Program, example_sizes, interpret, sample_inputs, valid_positions
+from xformopt.program.interpret import call
 from xformopt.program.sample import Padding, is_mask
 from xformopt.rewrite import Fired, Region
 
@@ -175,7 +176,7 @@ def run_region(region: Region, values: Mapping[str, Any], *, double: bool = Fals
                 args = fx.map_arg(node.args, found.__getitem__)
                 kwargs = fx.map_arg(node.kwargs, found.__getitem__)
                 kwargs = {k: widen(v) for k, v in kwargs.items()} if double else kwargs
-                value = node.target(*args, **kwargs)
+                value = call(node.target, args, kwargs)
             found[node] = widen(value) if double else value
     return {str(node.meta["name"]): value for node, value in found.items()}
 

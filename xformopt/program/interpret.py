@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from xformopt.program.program import Program
 
-__all__ = ["infer_value", "interpret"]
+__all__ = ["call", "infer_value", "interpret"]
+
+aten = torch.ops.aten
 
 
 def interpret(
@@ -44,14 +46,23 @@ def _evaluate(
     program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], values: Mapping[fx.Node, Any]
 ) -> Any:
     if node.op == "placeholder":
-        # views were traced on contiguous inputs; a slice of a larger tensor would not take them
-        return inputs[str(node.target)].contiguous()
+        return inputs[str(node.target)]
     if node.op == "get_attr":
         return program.parameters[str(node.target)]
     args = fx.map_arg(node.args, values.__getitem__)
     kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+    return call(node.target, args, kwargs)
+
+
+def call(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call the operator of a node on real values.
+
+    A view was traced on the strides of the example; a slice of something larger, or a kernel that lays its result out
+    in another order than shape inference says, may need a copy.
+    """
+    target = aten.reshape.default if target is aten.view.default else target
+    assert callable(target)
+    return target(*args, **kwargs)
 
 
 def infer_value(program: Program, node: fx.Node) -> Any:
