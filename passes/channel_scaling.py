@@ -1,6 +1,7 @@
-"""Moving a scale per channel from the output of a norm into the linear layers that read it.
+"""Moving a scale per channel into linear layers, from the norm that they read or by a multiplication of its own.
 
 norm(x; g, c) W^T + b    ->    norm(x; g / s, c / s) (W diag(s))^T + b
+x W^T + b                ->    (x * 1/s) (W diag(s))^T + b
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from xformopt.program import Program, path_of, value_of
 from xformopt.program.text import target_name
 from xformopt.rewrite import Editor, Reject, Rule
 
-__all__ = ["ChooseScale", "norm_outputs", "scaling_rule"]
+__all__ = ["ChooseScale", "linear_inputs", "multiplying_rule", "norm_outputs", "scaling_rule"]
+
+aten = torch.ops.aten
 
 _LINEAR = (xf.linear, xf.linear_activation)
 _NORMS = (xf.layer_norm, xf.rms_norm)
@@ -54,13 +57,61 @@ def scaling_rule(wanted: Sequence[str], choose: ChooseScale) -> Rule:
         if bool(((scale - 1).abs() < _BALANCED).all()):
             return Reject("activations and weights are balanced already")
         divided, replaced = _divided_norm(editor, node, scale)
-        for parts in linears:
-            weight = editor.parameter(parts.weight_name, (parts.weight.double() * scale).to(parts.weight.dtype))
-            replaced[parts.node] = call_with(editor, parts.node, x=divided, weight=weight)
-            replaced[parts.node].meta["path"] = path_of(parts.node)
-        return replaced
+        return {**replaced, **_scaled_linears(editor, linears, divided, scale)}
 
     return scale_channels
+
+
+def linear_inputs(program: Program) -> dict[str, str]:
+    """Return the name of the value that each linear layer reads, by the name of its weight, in execution order."""
+    layers = [node for node in program.nodes() if is_call(node, *_LINEAR)]
+    return {str(operand(node, 1).target): operand(node).name for node in layers}
+
+
+def multiplying_rule(wanted: Mapping[str, str], choose: ChooseScale) -> Rule:
+    """Return a rule that fires at the first linear layer that reads a value, and multiplies the value.
+
+    ``wanted`` comes from :func:`linear_inputs`: a value that another rewrite has replaced has a new name by then, but
+    its reader still has its weight.
+    """
+
+    def multiply_channels(editor: Editor, node: fx.Node) -> Mapping[fx.Node, fx.Node] | Reject | None:
+        if not is_call(node, *_LINEAR) or str(operand(node, 1).target) not in wanted:
+            return None
+        source = operand(node)
+        siblings = [reader for reader in readers(source) if is_call(reader, *_LINEAR) and operand(reader) is source]
+        if siblings[0] is not node:
+            return None
+        linears: list[LinearParts] = []
+        for reader in siblings:
+            parts = linear_parts(editor, reader)
+            if isinstance(parts, Reject):
+                return parts
+            if refusal := shared_parameter(parts):
+                return refusal
+            linears.append(parts)
+        scale = choose(wanted[str(operand(node, 1).target)], [parts.weight for parts in linears])
+        if isinstance(scale, Reject):
+            return scale
+        inverse = (1 / scale).to(value_of(source).dtype)
+        factor = editor.parameter(f"{linears[0].weight_name.removesuffix('.weight')}.factor", inverse)
+        scaled = editor.call(aten.mul.Tensor, source, factor)
+        scaled.meta["path"] = path_of(node)
+        return _scaled_linears(editor, linears, scaled, scale)
+
+    return multiply_channels
+
+
+def _scaled_linears(
+    editor: Editor, linears: Sequence[LinearParts], source: fx.Node, scale: torch.Tensor
+) -> dict[fx.Node, fx.Node]:
+    """Return what replaces each layer: it reads ``source``, and its weight's columns are multiplied by ``scale``."""
+    replaced: dict[fx.Node, fx.Node] = {}
+    for parts in linears:
+        weight = editor.parameter(parts.weight_name, (parts.weight.double() * scale).to(parts.weight.dtype))
+        replaced[parts.node] = call_with(editor, parts.node, x=source, weight=weight)
+        replaced[parts.node].meta["path"] = path_of(parts.node)
+    return replaced
 
 
 def _output(node: fx.Node) -> fx.Node | None:

@@ -52,7 +52,7 @@ ANY_LOSS = float("inf")
 OURS = {
     "xformopt exact": ("exact", ()),
     "xformopt int8": ("int8", ()),
-    "xformopt int8 static": ("exact", ("smooth-outliers", "quantize-static")),
+    "xformopt int8 static": ("int8-static", ()),
 }
 
 

@@ -23,7 +23,17 @@ from torch import fx
 from xformopt.errors import DataError
 from xformopt.program import Program, interpret, path_of, valid_positions
 
-__all__ = ["Granularity", "Method", "Range", "affine_parameters", "narrow", "observe_ranges", "rows_of"]
+__all__ = [
+    "Granularity",
+    "Method",
+    "Moments",
+    "Range",
+    "affine_parameters",
+    "narrow",
+    "observe_moments",
+    "observe_ranges",
+    "rows_of",
+]
 
 Method: TypeAlias = Literal["min-max", "percentile", "mse", "entropy"]
 # what shares one range: everything, each entry of the last axis, groups of its neighbours, or each position
@@ -41,6 +51,13 @@ class Range:
 
     low: torch.Tensor
     high: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Moments(Range):
+    """The ends of the ranges of ``R`` rows and the mean of their squares, float64 ``[R]``."""
+
+    mean_square: torch.Tensor
 
 
 def affine_parameters(found: Range, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,23 +114,49 @@ def observe_ranges(
         DataError: no batches, a value that is not finite, or rows that differ in number between batches.
 
     """
-    if not batches:
-        raise DataError(
-            "Ranges of activations are found on calibration data, and there is none. Give some with --calibration "
-            "(or calibration=... in Python)."
-        )
     collectors = {name: _Collector(granularity, group) for name in names}
-    runs = 1 if method == "min-max" else 2
-    for run in range(runs):
-        for index, batch in enumerate(batches):
-            progress("calibrating", run * len(batches) + index, runs * len(batches))
-            interpret(program, batch, observe=_watch(program, batch, collectors, counting=run == 1))
+    _collect(program, batches, collectors, runs=1 if method == "min-max" else 2, progress=progress)
     if method == "min-max":
         return {name: found.ends for name, found in collectors.items()}
     return {
         name: narrow(found.ends, found.counts, method=method, percentile=percentile, bits=bits)
         for name, found in collectors.items()
     }
+
+
+def observe_moments(
+    program: Program,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    names: Iterable[str],
+    *,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Moments]:
+    """Like :func:`observe_ranges` by min-max for each channel, with the mean of the squares beside the ends."""
+    collectors = {name: _Collector("channel", 0) for name in names}
+    _collect(program, batches, collectors, runs=1, progress=progress)
+    return {
+        name: Moments(found.ends.low, found.ends.high, found.squares / found.seen) for name, found in collectors.items()
+    }
+
+
+def _collect(
+    program: Program,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    collectors: Mapping[str, _Collector],
+    *,
+    runs: int,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Run the program on all batches: once for the ends, and where asked for once more for the counts."""
+    if not batches:
+        raise DataError(
+            "Ranges of activations are found on calibration data, and there is none. Give some with --calibration "
+            "(or calibration=... in Python)."
+        )
+    for run in range(runs):
+        for index, batch in enumerate(batches):
+            progress("calibrating", run * len(batches) + index, runs * len(batches))
+            interpret(program, batch, observe=_watch(program, batch, collectors, counting=run == 1))
 
 
 def _watch(
@@ -132,12 +175,14 @@ def _watch(
 
 @dataclass
 class _Collector:
-    """What is remembered of one value: the ends of its rows, then how many values lie in each bin."""
+    """What is remembered of one value: ends and squares of its rows, then how many values lie in each bin."""
 
     granularity: Granularity
     group: int
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    seen: int = 0
     counts: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @property
@@ -161,13 +206,14 @@ class _Collector:
         low, high = rows.amin(1), rows.amax(1)
         if self.low is None or self.high is None:
             self.low, self.high = low, high
-            return
         if low.shape != self.low.shape:
             raise DataError(
                 f"A range for each {self.granularity} of {path} needs calibration inputs of one size: "
                 f"{len(self.low)} rows in one batch, {len(low)} in another."
             )
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.squares = self.squares + rows.square().sum(1)
+        self.seen += rows.shape[1]
 
     def _count(self, rows: torch.Tensor) -> None:
         ends = self.ends
