@@ -41,7 +41,7 @@ _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp1
 # what is stored in few bits and computed in float
 _STORED = {"weight_only_linear": "linear layers", "quantized_embedding": "tables of embeddings"}
 # what rounds a value to few levels that stay floats
-_SIMULATED = frozenset({"fake_quantize"})
+_SIMULATED = frozenset({"fake_quantize", "log_quantize"})
 
 
 class _Model(BaseModel):
