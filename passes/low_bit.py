@@ -39,7 +39,7 @@ __all__ = [
     "Uniform",
     "find_slots",
     "nearest_rows",
-    "refuse_no_data",
+    "refuse_constants",
 ]
 
 aten = torch.ops.aten
@@ -249,13 +249,16 @@ def nearest_rows(weight: torch.Tensor, bits: int) -> GroupCodes:
     return quantize_groups(weight, bits=bits, group=weight.shape[1], symmetric=False)
 
 
-def refuse_no_data(context: Context) -> None:
-    """Raise DataError where there is no calibration data."""
-    if not context.calibration:
-        raise DataError(
-            "Ranges of activations are found on calibration data, and there is none. Give some with --calibration "
-            "(or calibration=... in Python)."
-        )
+def refuse_constants(slots: Sequence[Slot], rows: Mapping[str, torch.Tensor]) -> None:
+    """Raise DataError for a value that never differs: it has no range."""
+    for slot in slots:
+        low, high = float(rows[slot.value].min()), float(rows[slot.value].max())
+        # a softmax over one key is always 1
+        if low == high and slot.operand != "weights":
+            raise DataError(
+                f"On the calibration data, the input {slot.operand} of {slot.path} is always {low:g}, so it has no "
+                f"range. Give calibration data that differ, or leave the layer out with skip."
+            )
 
 
 def _split_attention(prepared: Prepared, skip: Sequence[str]) -> Prepared:
