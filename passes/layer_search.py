@@ -33,7 +33,7 @@ def is_behind_gelu(value: fx.Node) -> bool:
 
 def split_heads(value: torch.Tensor, heads: int, wanted: int) -> torch.Tensor:
     """Return ``[B, T, heads * D]`` as ``[B, wanted, T, D]``, each head repeated for its group."""
-    apart = value.unflatten(-1, (heads, -1)).transpose(1, 2)
+    apart: torch.Tensor = value.unflatten(-1, (heads, -1)).transpose(1, 2)
     return apart.repeat_interleave(wanted // heads, 1)
 
 

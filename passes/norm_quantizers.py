@@ -123,7 +123,9 @@ def _constant_channel(channels: torch.Tensor) -> Reject | None:
     if not len(still):
         return None
     first = int(still[0])
-    return Reject(f"channel {first} of the norm's output is always {float(channels[first, 0]):g}, so it has no range")
+    # a sum with zero has no sign
+    value = float(channels[first, 0]) + 0.0
+    return Reject(f"channel {first} of the norm's output is always {value:g}, so it has no range")
 
 
 def clipped_ranges(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +158,8 @@ def _squared_error(rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bi
     scale = (high - low) / (2**bits - 1)
     zero = (-low / scale).round()
     codes = ((rows / scale).round() + zero).clamp(0, 2**bits - 1)
-    return ((codes - zero) * scale - rows).square().sum(1, keepdim=True)
+    found: torch.Tensor = ((codes - zero) * scale - rows).square().sum(1, keepdim=True)
+    return found
 
 
 def uniform_of(values: torch.Tensor, bits: int) -> Uniform:

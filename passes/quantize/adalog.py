@@ -28,6 +28,7 @@ from xformopt.match import arguments, is_call, operand, xf
 from xformopt.passes.layer_search import LinearSearch, ProductSearch, is_behind_gelu, split_heads
 from xformopt.passes.low_bit import Layer, LowBitPass, Plan, Prepared, Quantizer, Slot, refuse_constants
 from xformopt.passes.norm_quantizers import quantize_norms
+from xformopt.passes.quantization import PackedGroups
 from xformopt.passes.quantized_layers import is_skipped, linear_layers
 from xformopt.passes.samples import sample_items, sample_rows
 from xformopt.pipeline import Context
@@ -74,10 +75,12 @@ class Adalog(LowBitPass):
         refuse_constants(inputs, rows)
         quantizers: dict[tuple[str, str], Quantizer] = {}
         layers: dict[str, Layer] = {}
+        packed: dict[str, PackedGroups] = {}
         found = self._linear_groups(program)
         for index, (value, nodes) in enumerate(found.items()):
             context.progress("searching quantizers of linear layers", index, len(found))
-            activation, made = self._searched(program, nodes, rows[value], prepared.settled.get(value))
+            settled = prepared.settled.get(value)
+            activation, made = self._searched(program, nodes, rows[value], settled, packed)
             layers |= made
             quantizers |= {(node.name, "x"): activation for node in nodes}
         quantizers |= self._attention(program, [slot for slot in slots if slot.operand != "x"], context)
@@ -92,9 +95,14 @@ class Adalog(LowBitPass):
         return groups
 
     def _searched(
-        self, program: Program, nodes: Sequence[fx.Node], rows: torch.Tensor, settled: Quantizer | None
+        self,
+        program: Program,
+        nodes: Sequence[fx.Node],
+        rows: torch.Tensor,
+        settled: Quantizer | None,
+        packed: dict[str, PackedGroups],
     ) -> tuple[Quantizer, dict[str, Layer]]:
-        """Return the quantizer of a value, and the new parameters of the layers that read it."""
+        """Return the quantizer of a value, and the new parameters of the layers that read it; ``packed`` is by name."""
         names = [str(operand(node, 1).target) for node in nodes]
         weights = [program.parameters[name] for name in names]
         readers = Counter(str(operand(node, 1).target) for node in linear_layers(program))
@@ -112,11 +120,13 @@ class Adalog(LowBitPass):
         activation, codes = search.run(self.rounds)
         layers: dict[str, Layer] = {}
         start = 0
-        for node, weight in zip(nodes, weights, strict=True):
+        for node, name, weight in zip(nodes, names, weights, strict=True):
             part = codes.rows(start, start + len(weight))
             bias = arguments(node)["bias"]
             before = None if bias is None else program.parameters[str(bias.target)]
-            layers[node.name] = Layer(part.packed(), self.weight_bits, search.bias(part, before))
+            layers[node.name] = Layer(
+                packed.setdefault(name, part.packed()), self.weight_bits, search.bias(part, before)
+            )
             start += len(weight)
         return activation, layers
 

@@ -88,7 +88,8 @@ class QuantizeLowBit(LowBitPass):
             progress=context.progress,
         )
         refuse_constants(slots, _ends(ranges))
-        return Plan({(s.node, s.operand): _uniform(ranges[s.value], self.activation_bits) for s in slots}, layers)
+        found = {value: _uniform(each, self.activation_bits) for value, each in ranges.items()}
+        return Plan({(slot.node, slot.operand): found[slot.value] for slot in slots}, layers)
 
 
 def _ends(ranges: Mapping[str, Range]) -> dict[str, torch.Tensor]:
