@@ -158,7 +158,7 @@ def table_of(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | Non
     """Take codes out of bytes one at a time."""
 
     def code(row: list[int], index: int) -> int:
-        return row[index] if bits == 8 else row[index // 2] >> 4 * (index % 2) & 15
+        return int.from_bytes(bytes(row), "little") >> bits * index & 2**bits - 1
 
     rows, width, groups = [], packed[0].numel() * 8 // bits, scale.shape[1]
     for r, row in enumerate(packed.flatten(1).tolist()):
@@ -250,7 +250,7 @@ CASES = [
             2 * 2 * 5 * 24 * 7,
             {"bits": bits},
         )
-        for bits in (4, 8)
+        for bits in (2, 3, 4, 6, 8)
         for zero in (False, True)
     ),
     *(
@@ -271,6 +271,8 @@ CASES = [
     ),
 ]
 # these have a test file of their own
+ATTENTION = {"attention", "attention_weights", "attention_values"}
+SIMULATED = {"fake_quantize", "log_quantize"}
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 
@@ -336,7 +338,11 @@ def test_gradients(case: Case) -> None:
 
 
 def test_every_operator_has_a_case() -> None:
-    assert {case.name for case in CASES} | {"attention"} | RECURRENT == set(load_operators())
+    assert {case.name for case in CASES} | {
+        "attention",
+        "attention_weights",
+        "attention_values",
+    } | RECURRENT | SIMULATED == set(load_operators())
 
 
 def test_every_folder_defines_its_operator_once() -> None:
@@ -370,7 +376,7 @@ def test_operators_are_found_by_name_and_by_target() -> None:
         (lambda: xf.quantized_linear(*fake((2, 4), (3, 4), (3,))), "the weight must be int8"),
         (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=4), "disagree on the input width"),
         (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 1)), bits=8), "per output channel and group"),
-        (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=3), "4 or 8 bits"),
+        (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=5), "2, 3, 4, 6 or 8 bits"),
         (lambda: xf.quantized_embedding(*fake((9, 8), (2,), (9, 3)), bits=8), "do not divide the width"),
     ],
 )

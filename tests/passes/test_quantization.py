@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xformopt.errors import DataError
+from xformopt.kernels.definition import xf
 from xformopt.kernels.packing import pack, unpack
 from xformopt.observers import BINS, Method, Range, affine_parameters, narrow, observe_ranges, rows_of
 from xformopt.passes.gptq import gptq, gram_matrices
@@ -93,7 +94,7 @@ def test_gptq_moves_what_is_left_by_the_inverse_hessian() -> None:
     assert losses[0] < 0.8 * losses[1]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 def test_unpacking_is_the_inverse_of_packing(bits: int, count: int) -> None:
     codes = torch.randint(0, 2**bits, (3, 5, count), dtype=torch.uint8)
@@ -104,6 +105,11 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, count: int) -> None:
 
 def test_of_two_codes_the_first_has_the_low_bits() -> None:
     assert pack(torch.tensor([[1, 2, 15]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x0F]]
+
+
+def test_codes_of_six_bits_run_on_from_byte_to_byte() -> None:
+    packed = pack(torch.tensor([[1, 2, 3, 63, 33]], dtype=torch.uint8), 6)
+    assert int.from_bytes(bytes(packed[0].tolist()), "little") == 1 | 2 << 6 | 3 << 12 | 63 << 18 | 33 << 24
 
 
 PROGRAM = Program.parse("""
@@ -246,3 +252,13 @@ def test_what_has_no_range_is_refused() -> None:
     uneven = [*batches(1), *batches(1, length=9)]
     with pytest.raises(DataError, match="inputs of one size"):
         observe_ranges(PROGRAM, uneven, ["h"], granularity="token")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_one_group_a_row_may_end_within_a_byte(bits: int) -> None:
+    weight, x = torch.randn(5, 7), torch.randn(3, 7)
+    found = quantize_groups(weight, bits=bits, group=7, symmetric=False)
+    packed = found.packed()
+    assert packed.weight.shape == (5, 1, -(-7 * bits // 8))
+    product = xf.weight_only_linear(x, packed.weight, packed.scale, packed.zero, bits=bits)
+    torch.testing.assert_close(product, x @ dequantized(found).t())
