@@ -22,13 +22,27 @@ from torch.nn import functional
 from xformopt.models.tasks.classification import Classification
 from xformopt.models.tasks.task import Batch
 
-__all__ = ["LONGEST", "SHORTEST", "VOCABULARY", "Expression", "ListOps", "draw", "encode", "pad", "written"]
+__all__ = [
+    "CLOSE",
+    "DEEPEST",
+    "DIGITS",
+    "FIRST_OPERATOR",
+    "LONGEST",
+    "SHORTEST",
+    "VOCABULARY",
+    "Expression",
+    "ListOps",
+    "draw",
+    "encode",
+    "pad",
+    "written",
+]
 
 SHORTEST, LONGEST = 8, 512
 DIGITS = 10
 _PADDING, _FIRST_DIGIT = 0, 1
 _NESTED = 0.25
-_DEEPEST, _MOST_ENTRIES = 10, 10
+DEEPEST, _MOST_ENTRIES = 10, 10
 _TEST_ITEMS, _TEST_SEED, _TRAINING_SEED = 1000, 1, 2
 _CALIBRATION_ITEMS = 64
 _BAG_ITEMS = 4000
@@ -95,7 +109,7 @@ def _list(source: random.Random, depth: int, room: list[int]) -> Tree:
 
 
 def _entry(source: random.Random, depth: int, room: list[int]) -> Tree:
-    if depth < _DEEPEST and source.random() < _NESTED:
+    if depth < DEEPEST and source.random() < _NESTED:
         return _list(source, depth, room)
     room[0] -= 1
     if room[0] < 0:
