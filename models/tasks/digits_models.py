@@ -33,7 +33,8 @@ class _Lessons:
 
 
 _BATCH = 32
-_VIT, _PVT, _TEACHER = _Lessons(40, warmup=0.2), _Lessons(30, rate=2e-3), _Lessons(20, rate=2e-3)
+_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(30, warmup=0.2)
+_PVT, _TEACHER = _Lessons(30, rate=2e-3), _Lessons(20, rate=2e-3)
 _TEACHER_SEED = 0
 _SMOOTHING = 0.05
 # share of the steps in which a ViT sees half of the patches
@@ -116,7 +117,7 @@ def _distill(module: nn.Module, fold: int, progress: Progress) -> None:
         return (_smoothed(logits, labels) + nn.functional.cross_entropy(distilled, decided)) / 2
 
     _learn(teacher, fold, teaching, _TEACHER, lambda what, done, total: progress(f"the teacher: {what}", done, total))
-    _learn(module, fold, cost, _VIT, progress)
+    _learn(module, fold, cost, _DEIT, progress)
 
 
 def _learn(module: nn.Module, fold: int, cost: _Cost, lessons: _Lessons, progress: Progress) -> None:
