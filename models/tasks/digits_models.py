@@ -33,7 +33,7 @@ class _Lessons:
 
 
 _BATCH = 32
-_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(30, warmup=0.2)
+_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(24, rate=1.5e-3, warmup=0.2)
 _PVT, _TEACHER = _Lessons(30, rate=2e-3), _Lessons(20, rate=2e-3)
 _TEACHER_SEED = 0
 _SMOOTHING = 0.05
@@ -46,14 +46,14 @@ _TURN, _GROWTH, _SHEAR, _SHIFT = math.radians(15), 0.12, 0.15, 0.12
 _Cost: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _vit(distillation: bool) -> nn.Module:
+def _vit(depth: int, distillation: bool) -> nn.Module:
     return ViT(
         ViTConfig(
             image_size=SIZE,
             in_channels=1,
             patch=4,
             width=64,
-            depth=8,
+            depth=depth,
             heads=4,
             mlp_ratio=2,
             classes=10,
@@ -184,7 +184,7 @@ TRAINED = (
     Trained(
         name="digits-vit",
         task="digits",
-        module=partial(_vit, distillation=False),
+        module=partial(_vit, depth=8, distillation=False),
         train=partial(_train, lessons=_VIT),
         sources=(_DOSOVITSKIY,),
         summary="ViT of 8 layers and 65 tokens, trained on the digits",
@@ -193,10 +193,10 @@ TRAINED = (
     Trained(
         name="digits-deit",
         task="digits",
-        module=partial(_vit, distillation=True),
+        module=partial(_vit, depth=6, distillation=True),
         train=_distill,
         sources=("Touvron et al. 2020, Training data-efficient image transformers, arXiv 2012.12877", _DOSOVITSKIY),
-        summary="DeiT of 8 layers and 66 tokens, distilled from a small convolutional network on the digits",
+        summary="DeiT of 6 layers and 66 tokens, distilled from a small convolutional network on the digits",
         folds=Digits.folds,
         released=False,
     ),

@@ -75,6 +75,5 @@ TRAINED = (
         sources=("Radford et al. 2019, Language Models are Unsupervised Multitask Learners",),
         summary="GPT-2's form in 4 layers over bytes, trained on the source of the Python standard library",
         tolerance=_TOLERANCE,
-        released=False,
     ),
 )
