@@ -52,7 +52,7 @@ def train(model: Trained) -> Result:
 
 def trained_again(model: Trained, keep: Callable[[nn.Module], None] = lambda module: None) -> nn.Module:
     """Return the module of one fold, trained from nothing; ``keep`` gets what there is a tenth of the way at a time."""
-    module, started, shown = model.fresh(), time.monotonic(), 0.0
+    module, started, worked, shown = model.fresh(), time.monotonic(), time.process_time(), 0.0
 
     def progress(what: str, done: int, total: int) -> None:
         nonlocal shown
@@ -63,7 +63,8 @@ def trained_again(model: Trained, keep: Callable[[nn.Module], None] = lambda mod
             print(f"{model.label}: {what}, step {done} of {total}, {shown - started:.0f} s", flush=True)
 
     model.train(module, model.fold, progress)
-    print(f"{model.label}: {time.monotonic() - started:.0f} s, {time.process_time():.0f} s of a core", flush=True)
+    spent, worked = time.monotonic() - started, time.process_time() - worked
+    print(f"{model.label}: {spent:.0f} s, {worked:.0f} s of a core", flush=True)
     return module
 
 
