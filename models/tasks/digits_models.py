@@ -208,6 +208,5 @@ TRAINED = (
         sources=("Wang et al. 2021, PVT v2: Improved Baselines with Pyramid Vision Transformer, arXiv 2106.13797",),
         summary="PVT v2 of three stages with 64, 16 and 4 tokens, trained on the digits",
         folds=Digits.folds,
-        released=False,
     ),
 )
