@@ -33,8 +33,8 @@ class _Lessons:
 
 
 _BATCH = 32
-_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(24, rate=1.5e-3, warmup=0.2)
-_PVT, _TEACHER = _Lessons(30, rate=2e-3), _Lessons(20, rate=2e-3)
+_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(20, rate=2e-3, warmup=0.2)
+_PVT, _TEACHER = _Lessons(30, rate=2e-3), _Lessons(10, rate=2e-3)
 _TEACHER_SEED = 0
 _SMOOTHING = 0.05
 # share of the steps in which a ViT sees half of the patches
