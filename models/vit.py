@@ -129,14 +129,21 @@ class ViT(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Return ``{"logits": [B, classes]}``."""
+        logits, *distilled = self.answers(pixel_values)
+        if distilled:
+            logits = (logits + distilled[0]) / 2
+        return {"logits": logits}
+
+    def answers(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits ``[B, classes]`` of each classifier: the class token's, then the distillation token's if it
+        has one.  Training has a loss for each.
+        """
         x = self.embedding(pixel_values)  # [B, T, C]
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
         x = self.backbone(x + self.positions)
-        logits = self.head(x[:, 0] if self.prefix is not None else x.mean(1))
-        if self.distillation_head is not None:
-            logits = (logits + self.distillation_head(x[:, 1])) / 2
-        return {"logits": logits}
+        logits: Tensor = self.head(x[:, 0] if self.prefix is not None else x.mean(1))
+        return (logits,) if self.distillation_head is None else (logits, self.distillation_head(x[:, 1]))
 
     def example_inputs(self) -> dict[str, Tensor]:
         """Return two images."""

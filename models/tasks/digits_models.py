@@ -1,14 +1,19 @@
-"""The model trained on the digits, one checkpoint for each fold, and how it was trained."""
+"""The models trained on the digits, one checkpoint for each fold, and how they were trained."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
 
+from xformopt.models.blocks import conv_norm
+from xformopt.models.pvt import Pvt, PvtConfig
 from xformopt.models.tasks.digits import DEVIATION, MEAN, SIZE, Digits
 from xformopt.models.tasks.task import Progress
 from xformopt.models.tasks.training import Schedule, fit
@@ -17,31 +22,120 @@ from xformopt.models.vit import ViT, ViTConfig
 
 __all__ = ["TRAINED", "distort", "some_patches"]
 
+
+@dataclass(frozen=True)
+class _Lessons:
+    """How often a model sees the training folds, and how fast it learns."""
+
+    epochs: int
+    rate: float = 1e-3
+    warmup: float = 0.1
+
+
 _BATCH = 32
-_EPOCHS = 40
+_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(20, rate=2e-3, warmup=0.2)
+_PVT, _TEACHER = _Lessons(30, rate=2e-3), _Lessons(10, rate=2e-3)
+_TEACHER_SEED = 0
 _SMOOTHING = 0.05
 # share of the steps in which a ViT sees half of the patches
 _PARTLY = 0.6
 # how far an image is distorted at most: radians, share of the size, share of the size, share of half the side
 _TURN, _GROWTH, _SHEAR, _SHIFT = math.radians(15), 0.12, 0.15, 0.12
 
+# the loss of a module on some distorted images with these labels
+_Cost: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
-def _vit() -> nn.Module:
-    return ViT(ViTConfig(image_size=SIZE, in_channels=1, patch=4, width=64, depth=8, heads=4, mlp_ratio=2, classes=10))
+
+def _vit(depth: int, distillation: bool) -> nn.Module:
+    return ViT(
+        ViTConfig(
+            image_size=SIZE,
+            in_channels=1,
+            patch=4,
+            width=64,
+            depth=depth,
+            heads=4,
+            mlp_ratio=2,
+            classes=10,
+            distillation=distillation,
+        )
+    )
 
 
-def _train(module: nn.Module, fold: int, progress: Progress) -> None:
-    """Cross-entropy with smoothed labels, on images distorted anew in every step."""
+def _pvt() -> nn.Module:
+    """Three stages, of 64, 16 and 4 tokens."""
+    return Pvt(
+        PvtConfig(
+            image_size=SIZE,
+            in_channels=1,
+            widths=(32, 48, 64),
+            depths=(2, 2, 2),
+            heads=(2, 3, 4),
+            mlp_ratios=(4, 4, 4),
+            reductions=(4, 2, 1),
+            classes=10,
+        )
+    )
+
+
+def _convolutions() -> nn.Module:
+    """Return a teacher with fresh weights: a small convolutional network, ``[N, 1, 32, 32]`` to logits ``[N, 10]``."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(_TEACHER_SEED)
+        return nn.Sequential(
+            *(conv_norm(1, 16, 5, 2, 2), nn.ReLU()),
+            *(conv_norm(16, 32, 3, 2, 1), nn.ReLU()),
+            *(conv_norm(32, 64, 3, 2, 1), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * (SIZE // 8) ** 2, 10)),
+        )
+
+
+def _train(module: nn.Module, fold: int, progress: Progress, lessons: _Lessons) -> None:
+    """Cross-entropy with smoothed labels."""
+
+    def cost(module: nn.Module, shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return _smoothed(module(shown)["logits"], labels)
+
+    _learn(module, fold, cost, lessons, progress)
+
+
+def _distill(module: nn.Module, fold: int, progress: Progress) -> None:
+    """Hard-label distillation (Touvron et al., arXiv 2012.12877, equation 3): half the cross-entropy of the class token
+    with the labels, half that of the distillation token with what a teacher decides on the same distorted images; the
+    labels are smoothed, its decisions are not.
+
+    The teacher learns first, from the same training folds, so that nothing that is tested reaches the student by it.
+    """
+    teacher = _convolutions()
+
+    def teaching(teacher: nn.Module, shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return _smoothed(teacher(shown), labels)
+
+    def cost(module: nn.Module, shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits, distilled = cast(ViT, module).answers(shown)
+        decided = teacher(shown).argmax(1)
+        return (_smoothed(logits, labels) + nn.functional.cross_entropy(distilled, decided)) / 2
+
+    _learn(teacher, fold, teaching, _TEACHER, lambda what, done, total: progress(f"the teacher: {what}", done, total))
+    _learn(module, fold, cost, _DEIT, progress)
+
+
+def _learn(module: nn.Module, fold: int, cost: _Cost, lessons: _Lessons, progress: Progress) -> None:
+    """Train on every fold but one, on images distorted anew in every step."""
     images, labels = Digits(fold).training()
 
     def loss(module: nn.Module, generator: torch.Generator, done: float) -> torch.Tensor:
         rows = torch.randint(len(images), (_BATCH,), generator=generator)
         shown = distort(images[rows], generator)
         with some_patches(module, generator, done < _PARTLY):
-            logits = module(shown)["logits"]
-        return nn.functional.cross_entropy(logits, labels[rows], label_smoothing=_SMOOTHING)
+            return cost(module, shown, labels[rows])
 
-    fit(module, loss, Schedule(steps=_EPOCHS * len(images) // _BATCH, rate=1e-3, warmup=0.2), progress)
+    steps = lessons.epochs * len(images) // _BATCH
+    fit(module, loss, Schedule(steps=steps, rate=lessons.rate, warmup=lessons.warmup), progress)
+
+
+def _smoothed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits, labels, label_smoothing=_SMOOTHING)
 
 
 @contextlib.contextmanager
@@ -84,14 +178,35 @@ def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return shifted - MEAN / DEVIATION
 
 
+_DOSOVITSKIY = "Dosovitskiy et al. 2020, An Image is Worth 16x16 Words, arXiv 2010.11929"
+
 TRAINED = (
     Trained(
         name="digits-vit",
         task="digits",
-        module=_vit,
-        train=_train,
-        sources=("Dosovitskiy et al. 2020, An Image is Worth 16x16 Words, arXiv 2010.11929",),
+        module=partial(_vit, depth=8, distillation=False),
+        train=partial(_train, lessons=_VIT),
+        sources=(_DOSOVITSKIY,),
         summary="ViT of 8 layers and 65 tokens, trained on the digits",
+        folds=Digits.folds,
+    ),
+    Trained(
+        name="digits-deit",
+        task="digits",
+        module=partial(_vit, depth=4, distillation=True),
+        train=_distill,
+        sources=("Touvron et al. 2020, Training data-efficient image transformers, arXiv 2012.12877", _DOSOVITSKIY),
+        summary="DeiT of 4 layers and 66 tokens, distilled from a small convolutional network on the digits",
+        folds=Digits.folds,
+        released=False,
+    ),
+    Trained(
+        name="digits-pvt",
+        task="digits",
+        module=_pvt,
+        train=partial(_train, lessons=_PVT),
+        sources=("Wang et al. 2021, PVT v2: Improved Baselines with Pyramid Vision Transformer, arXiv 2106.13797",),
+        summary="PVT v2 of three stages with 64, 16 and 4 tokens, trained on the digits",
         folds=Digits.folds,
     ),
 )

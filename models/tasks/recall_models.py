@@ -74,6 +74,7 @@ TRAINED = (
         train=_train,
         sources=(_ZOOLOGY, _LLAMA),
         summary="Llama of 2 layers, trained on associative recall",
+        tolerance=0.02,
     ),
     Trained(
         name="recall-window",
@@ -83,5 +84,6 @@ TRAINED = (
         train=partial(_train, steps=500),
         sources=(_ZOOLOGY, _MISTRAL),
         summary="the same with a sliding window of 64 tokens, which has to fail beyond its reach",
+        tolerance=0.02,
     ),
 )

@@ -7,7 +7,7 @@ import torch
 
 from xformopt.models.tasks.classification import divergence
 from xformopt.models.tasks.digits import Digits
-from xformopt.models.zoo import find_trained
+from xformopt.models.zoo import find_trained, trained
 
 pytest.importorskip("sklearn")
 
@@ -72,14 +72,48 @@ def test_distortions_are_small_and_drawn_from_the_generator() -> None:
     assert 0.5 < float((drawn[0] * images[:8]).mean() / (images[:8] ** 2).mean()) < 1
 
 
-def test_out_of_fold_accuracy() -> None:
-    model, right, count = find_trained("digits-vit"), 0.0, 0
+@pytest.mark.parametrize("name", [name for name in trained() if name.startswith("digits-")])
+def test_out_of_fold_accuracy(name: str) -> None:
+    model, right, count = find_trained(name), 0.0, 0
     for fold in range(model.folds):
         module = model.on_fold(fold).build()
         score = Digits(fold).evaluate(lambda inputs, module=module: module(**inputs))
         right, count = right + score.value * score.count, count + score.count
     assert count == 1797
     assert right / count >= 0.97
+
+
+def test_a_student_and_its_teacher_see_the_training_folds_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xformopt.models.tasks import digits_models
+
+    images, labels = Digits(2).training()
+    asked: list[int] = []
+
+    def training(task: Digits) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(task.fold)
+        return images[:96], labels[:96]
+
+    monkeypatch.setattr(Digits, "training", training)
+    monkeypatch.setattr(digits_models, "_DEIT", digits_models._Lessons(1))
+    monkeypatch.setattr(digits_models, "_TEACHER", digits_models._Lessons(2))
+    module, steps = find_trained("digits-deit").fresh(), []
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    model = find_trained("digits-deit")
+    model.train(module, 2, lambda what, done, total: steps.append((what.startswith("the teacher"), done, total)))
+    assert asked == [2, 2]
+    assert steps == [*((True, step, 6) for step in range(1, 7)), *((False, step, 3) for step in range(1, 4))]
+    for name in ("head.weight", "distillation_head.weight", "prefix"):
+        assert not torch.equal(before[name], module.state_dict()[name])
+
+
+def test_the_two_answers_of_a_deit_are_averaged() -> None:
+    module = find_trained("digits-deit").fresh().eval()
+    images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = module.answers(images)
+        assert not torch.allclose(first, second)
+        torch.testing.assert_close(module(images)["logits"], (first + second) / 2)
+        assert len(find_trained("digits-vit").fresh().answers(images)) == 1
 
 
 def test_half_of_the_patches_are_seen_in_training_only() -> None:
