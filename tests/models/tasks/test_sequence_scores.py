@@ -38,3 +38,10 @@ def test_recall_needs_reach() -> None:
 @pytest.mark.slow
 def test_forecast_beats_the_seasonal_naive_one() -> None:
     assert score_of("forecast-patchtst").value < find_task_class("forecast")().baselines()["last week again"]
+
+
+@pytest.mark.slow
+def test_listops_beats_every_baseline() -> None:
+    score = score_of("listops-t5")
+    assert score.value >= 0.5
+    assert max(find_task_class("listops")().baselines().values()) < 0.4
