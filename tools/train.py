@@ -13,9 +13,9 @@ done.
 What is reproduced, and how exactly: the same machine and versions end in the same weights.  Another processor rounds
 differently, training amplifies that, and the metric lands elsewhere within its own spread.  ``--check`` therefore ends
 with status 1 when the metric of the model trained again differs from that of the checkpoint by more than the model's
-tolerance: half a point of accuracy on the digits, two points on recall and listops, 0.02 bits per
-byte on pycode, 0.01 of the mean squared error on forecast (``Trained.tolerance``).  The tolerance is for all folds together; n of N have sqrt(N / n)
-times the room, since they have so many fewer items.
+tolerance: half a point of accuracy on the digits, two points on recall and listops, 0.02 bits per byte on
+pycode, 0.01 of the mean squared error on forecast (``Trained.tolerance``).  The tolerance is for all folds together; n
+of N have sqrt(N / n) times the room, since they have so many fewer items.
 """
 
 from __future__ import annotations
