@@ -1,0 +1,200 @@
+"""What doing less costs and saves: structured pruning and token reduction, on trained tasks and at real sizes.
+
+    python tools/measure_reduction.py [MODEL ...]       writes tools/results/reduction.json
+
+For every technique: the FLOPs that are left, the time on ort-cpu beside that of the exact artifact (one run, rounds
+interleaved, two threads, at the model's example inputs), and on trained models the task's metric before and after,
+without training.  Techniques work on the lifted program; the exact recipe follows them, as it makes the artifact that
+they are compared with.  ``deit-s`` and ``bert-base`` have random weights: their time alone is of interest.  A technique
+that refuses a model says why.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+from reference_models import REFERENCE, dynamic_axes
+
+import xformopt as xo
+from xformopt.analysis import cost
+from xformopt.benchmark import BenchSettings, Candidate, run_bench
+from xformopt.capture.resolve import MINILM
+from xformopt.errors import XformoptError
+from xformopt.evaluation import artifact_subject, calibration_of, judge
+from xformopt.lowering.artifact import Artifact
+from xformopt.measure.machine import describe_machine
+from xformopt.measure.statistics import paired_difference
+from xformopt.models.tasks.task import Score, Task
+from xformopt.models.zoo import find_trained
+from xformopt.original import capture_original
+from xformopt.passes import parse_pass
+from xformopt.pipeline import Pipeline
+from xformopt.pipeline.recipes import load_recipe
+from xformopt.program import Program, example_sizes, sample_inputs
+from xformopt.tasks import task_for
+
+RESULTS = Path(__file__).parent / "results" / "reduction.json"
+TASK_MODELS = ("digits-vit", "digits-deit", "digits-pvt", "listops-t5", "pycode-gpt", "pycode-llama", MINILM)
+SIZE_MODELS = ("deit-s", "bert-base")
+TECHNIQUES = {
+    "optin 40%": "prune-units{remove=0.4}",
+    "magnitude 40%": "prune-units{remove=0.4,importance=magnitude}",
+    "wanda 40%": "prune-units{remove=0.4,importance=wanda}",
+    "taylor 40%": "prune-units{remove=0.4,importance=taylor}",
+    "optin 50%": "prune-units{remove=0.5}",
+    "magnitude 50%": "prune-units{remove=0.5,importance=magnitude}",
+    "sublayers 25%": "prune-sublayers{remove=0.25}",
+    "merge tokens 40%": "merge-tokens{fewer_flops=0.4}",
+    "prune tokens 40%": "prune-tokens{fewer_flops=0.4}",
+    "transform tokens 40%": "transform-tokens{fewer_flops=0.4}",
+    "slim patches 40%": "slim-patches{fewer_flops=0.4}",
+}
+# removal at real sizes: what is removed does not change the time, so the cheapest importance stands for all
+AT_SIZE = ("magnitude 40%", "magnitude 50%", "sublayers 25%", "merge tokens 40%", "transform tokens 40%")
+SAMPLES = 8
+FEWER_SECONDS = {"optin 40%": ",together=8", "optin 50%": ",together=8"}
+
+
+@dataclass
+class Subject:
+    """A model, what it is judged by, and its exact artifact."""
+
+    label: str
+    program: Program
+    inputs: dict[str, torch.Tensor]
+    calibration: list[dict[str, torch.Tensor]]
+    task: Task | None
+    exact: Program
+    score: Score | None = None
+
+
+def subject_of(name: str) -> Subject:
+    """Capture a model; of a trained one the first fold."""
+    if name in SIZE_MODELS:
+        model, inputs = REFERENCE[name][0]()
+        program = xo.capture(model, inputs, dynamic_axes(name, inputs))
+        samples = [sample_inputs(program, example_sizes(program), seed=seed) for seed in range(1, SAMPLES + 1)]
+        return Subject(name, program, inputs, samples, None, run_passes(program, (), samples))
+    label = name if name == MINILM else find_trained(name).on_fold(0).label
+    program = capture_original(label).program
+    task = task_for("retrieval" if name == MINILM else find_trained(name).task, label)
+    samples = calibration_of(task, program)
+    return Subject(name, program, dict(program.example_inputs), samples, task, run_passes(program, (), samples))
+
+
+def run_passes(program: Program, passes: Sequence[str], samples: Sequence[dict[str, torch.Tensor]]) -> Program:
+    """Run a technique and the exact recipe."""
+    steps = (*(parse_pass(text) for text in passes), *load_recipe("exact"))
+    return Pipeline(steps).run(program, calibration=samples).program
+
+
+def build(subject: Subject, program: Program, folder: Path) -> Artifact:
+    """Lower a program, with the default forms: those of both sides are then the same."""
+    artifact = xo.lower(program, measure=False)
+    artifact.save(folder, program=False)
+    return artifact
+
+
+def scored(subject: Subject, artifact: Artifact) -> Score | None:
+    """Judge an artifact on the task, if there is one."""
+    return None if subject.task is None else judge(subject.task, artifact_subject(artifact), None).score
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Measure every technique on one model."""
+    subject = subject_of(name)
+    flops = cost(subject.exact, example_sizes(subject.exact)).flops
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        exact = build(subject, subject.exact, Path(folder) / "exact")
+        subject.score = scored(subject, exact)
+        candidates = [Candidate("exact", "ort-cpu", Path(folder) / "exact", flops=flops)]
+        for technique, text in TECHNIQUES.items():
+            if name in SIZE_MODELS and technique not in AT_SIZE:
+                continue
+            if name not in SIZE_MODELS and technique in FEWER_SECONDS:
+                text = text.replace("}", FEWER_SECONDS[technique] + "}")
+            path = Path(folder) / technique.replace(" ", "-").replace("%", "")
+            try:
+                program = run_passes(subject.program, (text,), subject.calibration)
+                row = describe(subject, scored(subject, build(subject, program, path)))
+            except XformoptError as error:
+                rows[technique] = {"pass": text, "refused": str(error)}
+            else:
+                left = cost(program, example_sizes(program)).flops
+                rows[technique] = {"pass": text, "flops_left": left / flops, **row}
+                candidates.append(Candidate(technique, "ort-cpu", path, flops=left, max_relative_l2=float("inf")))
+            print(name, technique, {key: value for key, value in rows[technique].items() if key != "pass"}, flush=True)
+        for technique, row in timed(subject, candidates).items():
+            rows.setdefault(technique, {}).update(row)
+            print(name, technique, row, flush=True)
+    result: dict[str, Any] = {"techniques": rows, "flops": flops}
+    if subject.task is not None and subject.score is not None:
+        result |= {"task": subject.task.name, "metric": subject.task.metric, "exact": subject.score.value}
+        result |= {"higher_is_better": subject.task.higher_is_better, "count": subject.score.count}
+    return result
+
+
+def describe(subject: Subject, score: Score | None) -> dict[str, Any]:
+    """Return what an artifact reaches, beside what the exact one does on the same items."""
+    if score is None or subject.score is None:
+        return {}
+    weights = None if score.weights is None else score.weights.tolist()
+    found = paired_difference(subject.score.items.tolist(), score.items.tolist(), weights)
+    interval = None if found is None else [found.low, found.high]
+    difference = score.value - subject.score.value
+    return {"value": score.value, "difference": difference, "difference_ci95": interval, "details": score.details}
+
+
+def timed(subject: Subject, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+    """Time all artifacts in one run; speed-ups are over the exact one."""
+    arrays = {key: value.numpy() for key, value in subject.inputs.items()}
+    reference = {key: value.numpy() for key, value in subject.exact.run(subject.inputs).items()}
+    settings = BenchSettings(threads=2, rounds=15, round_seconds=0.2, over="exact")
+    report = run_bench(candidates, arrays, reference, settings=settings, source=subject.label)
+    rows: dict[str, dict[str, Any]] = {}
+    for run in report.runs:
+        row: dict[str, Any] = {"p50_ms": run.latency_ms.p50 if run.latency_ms else None, "error": run.error}
+        if run.speedup is not None:
+            row["speedup"] = run.speedup.model_dump()
+        rows[run.name] = row
+    return rows
+
+
+def measured() -> dict[str, Any]:
+    """Return what the file of results holds so far, by model."""
+    models: dict[str, Any] = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
+    return models
+
+
+def write(name: str, entry: Mapping[str, Any]) -> None:
+    """Put a model into the file."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    text = {
+        "schema": "xformopt/reduction/1",
+        "machine": vars(describe_machine()),
+        "models": {**measured(), name: entry},
+    }
+    RESULTS.write_text(json.dumps(text, indent=1, default=str) + "\n")
+
+
+def main() -> None:
+    """Measure the models named on the command line, or all that have not been measured."""
+    every = (*TASK_MODELS, *SIZE_MODELS)
+    if unknown := [name for name in sys.argv[1:] if name not in every]:
+        sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(every)}.")
+    for name in sys.argv[1:] or [name for name in every if name not in measured()]:
+        write(name, measure(name))
+
+
+if __name__ == "__main__":
+    main()
