@@ -33,7 +33,7 @@ class _Lessons:
 
 
 _BATCH = 32
-_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(20, rate=2e-3, warmup=0.2)
+_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(30, rate=1.5e-3, warmup=0.2)
 _PVT, _TEACHER = _Lessons(30, rate=2e-3), _Lessons(10, rate=2e-3)
 _TEACHER_SEED = 0
 _SMOOTHING = 0.05
@@ -193,10 +193,10 @@ TRAINED = (
     Trained(
         name="digits-deit",
         task="digits",
-        module=partial(_vit, depth=4, distillation=True),
+        module=partial(_vit, depth=6, distillation=True),
         train=_distill,
         sources=("Touvron et al. 2020, Training data-efficient image transformers, arXiv 2012.12877", _DOSOVITSKIY),
-        summary="DeiT of 4 layers and 66 tokens, distilled from a small convolutional network on the digits",
+        summary="DeiT of 6 layers and 66 tokens, distilled from a small convolutional network on the digits",
         folds=Digits.folds,
         released=False,
     ),
