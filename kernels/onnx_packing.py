@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xformopt.kernels.onnx_form import Builder
+from xformopt.kernels.packing import PERIODS, packed_size
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,33 +32,43 @@ def dequantize_groups(
 
     Args:
         b: Where to emit.
-        packed: uint8, ``[..., width * bits / 8]`` with ``axes`` leading axes.
+        packed: uint8, ``[..., groups * bytes]`` with ``axes`` leading axes; each group begins on a byte.
         scale: ``[..., groups]``.
         zero: uint8, ``[..., ceil(groups * bits / 8)]``, or None where the middle code is zero.
         axes: See ``packed``.
         width: Codes in a row.
         groups: Groups in a row.
-        bits: Of a code, 4 or 8.
+        bits: Of a code, one of ``packing.WIDTHS``.
 
     """
     leading = [_EVERY_AXIS] * axes
-    codes = b.reshape(_unpacked(b, packed, axes, bits), *leading, groups, width // groups)
+    size = width // groups
+    blocks = b.reshape(packed, *leading, groups, packed_size(size, bits))
+    codes = _unpacked(b, blocks, axes + 1, bits, size)
     if zero is None:
         shift = b.constant(np.float32(2 ** (bits - 1)))
     else:
-        bounds = [b.constant([number], np.int64) for number in (0, groups, axes)]
-        shift = b.reshape(b.op("Slice", _unpacked(b, zero, axes, bits), *bounds), *leading, groups, 1)
+        shift = b.reshape(_unpacked(b, zero, axes, bits, groups), *leading, groups, 1)
     values = b.op("Mul", b.op("Sub", codes, shift), b.reshape(scale, *leading, groups, 1))
     return b.reshape(values, *leading, width)
 
 
-def _unpacked(b: Builder, packed: ir.Value, axes: int, bits: int) -> ir.Value:
-    """Return codes as float32, ``[..., N]``."""
+def _unpacked(b: Builder, packed: ir.Value, axes: int, bits: int, count: int) -> ir.Value:
+    """Return ``count`` codes as float32, ``[..., count]``, from bytes with ``axes`` leading axes.
+
+    All bytes of a period are one number, below 2^24 and so exact; code j is what its division by ``2^(bits j)`` leaves.
+    """
+    floats = b.op("Cast", packed, to=_FLOAT)
     if bits == 8:
-        return b.op("Cast", packed, to=_FLOAT)
-    low = b.op("BitwiseAnd", packed, b.constant(15, np.uint8))
-    high = b.op("BitShift", packed, b.constant(4, np.uint8), direction="RIGHT")
-    last = b.constant([axes + 1], np.int64)
-    pairs = b.op("Concat", b.op("Unsqueeze", low, last), b.op("Unsqueeze", high, last), axis=axes + 1)
-    codes = b.reshape(pairs, *[_EVERY_AXIS] * axes, -1)
-    return b.op("Cast", codes, to=_FLOAT)
+        return floats
+    period, leading = PERIODS[bits], [_EVERY_AXIS] * axes
+    if missing := -packed_size(count, bits) % period:
+        floats = b.op("Pad", floats, b.constant([0] * (2 * axes + 1) + [missing], np.int64))
+    parts = b.reshape(floats, *leading, -1, period)
+    words = b.op("MatMul", parts, b.constant(256.0 ** np.arange(period).reshape(-1, 1), np.float32))
+    places = np.arange(8 * period // bits)
+    above = b.op("Floor", b.op("Mul", words, b.constant(0.5 ** (bits * places), np.float32)))
+    higher = b.op("Floor", b.op("Mul", words, b.constant(0.5 ** (bits * (places + 1)), np.float32)))
+    codes = b.op("Sub", above, b.op("Mul", higher, b.constant(np.float32(2**bits))))
+    ends = [b.constant([number], np.int64) for number in (0, count, axes)]
+    return b.op("Slice", b.reshape(codes, *leading, -1), *ends)

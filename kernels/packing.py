@@ -1,10 +1,19 @@
-"""Codes of 4 or 8 bits in bytes: the storage of quantized weights, in the layout of ONNX Runtime's block formats."""
+"""Codes of few bits in bytes: the storage of quantized weights.
+
+Code i has the bits ``i * bits`` to ``(i + 1) * bits - 1`` of the row, counted from the lowest bit of its first byte; of
+4 and 8 bits that is the layout of ONNX Runtime's block formats.
+"""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["dequantize_groups", "pack", "packed_size", "unpack"]
+__all__ = ["PERIODS", "WIDTHS", "dequantize_groups", "pack", "packed_size", "unpack"]
+
+# bytes after which codes begin on a byte again, by the bits of a code
+PERIODS = {2: 1, 3: 3, 4: 1, 6: 3, 8: 1}
+# bits that a packed code may have
+WIDTHS = tuple(PERIODS)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -13,11 +22,11 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes in ``[0, 2^bits)`` along the last axis: of two codes in a byte the first has the low bits.
+    """Pack codes in ``[0, 2^bits)`` along the last axis; the last byte is filled up with 0.
 
     Args:
-        codes: uint8, ``[..., N]``; an odd number of 4-bit codes is filled up with 0.
-        bits: 4 or 8.
+        codes: uint8, ``[..., N]``.
+        bits: One of ``WIDTHS``.
 
     Returns:
         uint8, ``[..., packed_size(N, bits)]``.
@@ -25,16 +34,24 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     if bits == 8:
         return codes.clone()
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    count, period = codes.shape[-1], PERIODS[bits]
+    places = torch.arange(0, 8 * period, bits, dtype=torch.int32)
+    grouped = torch.nn.functional.pad(codes, (0, -count % len(places))).unflatten(-1, (-1, len(places)))
+    words = (grouped.to(torch.int32) << places).sum(-1, keepdim=True, dtype=torch.int32)
+    found = words >> torch.arange(0, 8 * period, 8, dtype=torch.int32) & 255
+    return found.flatten(-2)[..., : packed_size(count, bits)].to(torch.uint8)
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return the first ``count`` codes of :func:`pack` as uint8, ``[..., count]``."""
     if bits == 8:
         return packed[..., :count]
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :count]
+    period = PERIODS[bits]
+    starts = torch.arange(0, 8 * period, 8, dtype=torch.int32, device=packed.device)
+    grouped = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % period)).unflatten(-1, (-1, period))
+    words = (grouped.to(torch.int32) << starts).sum(-1, keepdim=True, dtype=torch.int32)
+    places = torch.arange(0, 8 * period, bits, dtype=torch.int32, device=packed.device)
+    return (words >> places & 2**bits - 1).flatten(-2)[..., :count].to(torch.uint8)
 
 
 def dequantize_groups(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
@@ -44,7 +61,7 @@ def dequantize_groups(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tens
         codes: uint8, not packed, ``[..., N]``.
         scale: ``[..., G]``, where G divides N.
         zero: uint8, packed along the last axis, ``[..., packed_size(G, bits)]``; without it the middle code is zero.
-        bits: 4 or 8.
+        bits: One of ``WIDTHS``.
 
     Returns:
         ``[..., N]`` in the dtype of ``scale``.

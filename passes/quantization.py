@@ -32,7 +32,7 @@ class GroupCodes:
 
     def packed(self) -> PackedGroups:
         """Return the codes and zero points in bytes, group after group."""
-        blocks = pack(self.codes, self.bits).reshape(*self.scale.shape, -1).contiguous()
+        blocks = pack(self.codes.unflatten(1, (self.scale.shape[1], -1)), self.bits).contiguous()
         return PackedGroups(blocks, self.scale, None if self.zero is None else pack(self.zero, self.bits).contiguous())
 
 

@@ -16,7 +16,7 @@ from xformopt.kernels.onnx_form import CONTRIB, Builder, Form, Verdict, XfNode
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["FORMS"]
+__all__ = ["FORMS", "values_of", "weights_of"]
 
 # far below any logit, and far enough above the lowest number that a sum stays finite
 _HIDDEN = {2: -3.0e4, 4: -1.0e30, 8: -1.0e30}
@@ -49,14 +49,13 @@ def attention(b: Builder, node: XfNode) -> ir.Value:
 
 def multi_head_attention(b: Builder, node: XfNode) -> ir.Value:
     """ONNX Runtime's fused operator: key/value heads are repeated for it, other positions than causal become a bias."""
-    k, v = _repeated(b, node)
     key_mask = node["key_mask"]
     is_causal = _is_plainly_causal(node)
     return b.op(
         "MultiHeadAttention",
         node["q"],
-        k,
-        v,
+        _repeated(b, node, "k"),
+        _repeated(b, node, "v"),
         None,
         None if key_mask is None else b.op("Cast", key_mask, to=_INT32),
         _added(b, node, None if is_causal else _positions(b, node)),
@@ -106,21 +105,52 @@ def _is_decoder(node: XfNode) -> Verdict:
 
 def matmul_softmax(b: Builder, node: XfNode) -> ir.Value:
     """The definition: two products and a softmax."""
-    heads = node["heads"]
-    k, v = _repeated(b, node)
-    scaled = b.op("Mul", node["q"], b.scalar(node["scale"], node["q"]))
-    queries = _split_heads(b, scaled, heads, _depth(node, "k"), [0, 2, 1, 3])  # [B, H, T, D]
-    keys = _split_heads(b, k, heads, _depth(node, "k"), [0, 2, 3, 1])  # [B, H, D, S]
-    values = _split_heads(b, v, heads, _depth(node, "v"), [0, 2, 1, 3])  # [B, H, S, E]
-    logits = b.op("MatMul", queries, keys)
     visible = _visible(b, node)
+    attended = _weighted(b, node, _softmax(b, node, visible))
+    if (sees := _sees_a_key(b, node, visible)) is not None:
+        attended = b.op("Mul", attended, sees)
+    return _joined(b, node, attended)
+
+
+def weights_of(b: Builder, node: XfNode) -> ir.Value:
+    """Return the softmax of scaled and masked products, ``[B, H, T, S]``; zeros for a query that sees no key."""
+    visible = _visible(b, node)
+    weights = _softmax(b, node, visible)
+    sees = _sees_a_key(b, node, visible)
+    return weights if sees is None else b.op("Mul", weights, sees)
+
+
+def values_of(b: Builder, node: XfNode) -> ir.Value:
+    """Return the values weighted by given weights, ``[B, T, H * E]``."""
+    return _joined(b, node, _weighted(b, node, node["weights"]))
+
+
+def _weighted(b: Builder, node: XfNode, weights: ir.Value) -> ir.Value:
+    """Return ``weights v`` per head, ``[B, H, T, E]``."""
+    v = _repeated(b, node, "v")
+    return b.op("MatMul", weights, _split_heads(b, v, node["heads"], _depth(node, "v"), [0, 2, 1, 3]))
+
+
+def _softmax(b: Builder, node: XfNode, visible: ir.Value | None) -> ir.Value:
+    heads, depth = node["heads"], _depth(node, "k")
+    scaled = b.op("Mul", node["q"], b.scalar(node["scale"], node["q"]))
+    queries = _split_heads(b, scaled, heads, depth, [0, 2, 1, 3])  # [B, H, T, D]
+    keys = _split_heads(b, _repeated(b, node, "k"), heads, depth, [0, 2, 3, 1])  # [B, H, D, S]
+    logits = b.op("MatMul", queries, keys)
     for term in _terms(b, node, visible):
         logits = b.op("Add", logits, term)
-    attended = b.op("MatMul", b.op("Softmax", logits, axis=-1), values)
-    if visible is not None and not _always_sees_a_key(node):
-        sees = b.op("ReduceMax", b.op("Cast", visible, to=int(node["q"].dtype)), b.constant([-1], np.int64), keepdims=1)
-        attended = b.op("Mul", attended, sees)
-    return b.reshape(b.op("Transpose", attended, perm=[0, 2, 1, 3]), 0, 0, heads * _depth(node, "v"))
+    return b.op("Softmax", logits, axis=-1)
+
+
+def _sees_a_key(b: Builder, node: XfNode, visible: ir.Value | None) -> ir.Value | None:
+    """Return 1 for queries that see a key and 0 for others, ``[1 or B, 1, 1 or T, 1]``; None where all do."""
+    if visible is None or _always_sees_a_key(node):
+        return None
+    return b.op("ReduceMax", b.op("Cast", visible, to=int(node["q"].dtype)), b.constant([-1], np.int64), keepdims=1)
+
+
+def _joined(b: Builder, node: XfNode, attended: ir.Value) -> ir.Value:
+    return b.reshape(b.op("Transpose", attended, perm=[0, 2, 1, 3]), 0, 0, node["heads"] * _depth(node, "v"))
 
 
 FORMS = (
@@ -149,18 +179,16 @@ def _always_sees_a_key(node: XfNode) -> bool:
     return node["key_mask"] is None and node.shape("q")[1] == node.shape("k")[1]
 
 
-def _repeated(b: Builder, node: XfNode) -> tuple[ir.Value, ir.Value]:
-    """Return keys and values with one head for each query head."""
+def _repeated(b: Builder, node: XfNode, name: str) -> ir.Value:
+    """Return keys or values with one head for each query head."""
     kv_heads, group = node["kv_heads"], node["heads"] // node["kv_heads"]
+    value: ir.Value = node[name]
     if group == 1:
-        return node["k"], node["v"]
-    ends = []
-    for name in ("k", "v"):
-        depth = _depth(node, name)
-        apart = b.reshape(node[name], 0, 0, kv_heads, 1, depth)
-        repeated = b.op("Expand", apart, b.constant([1, 1, 1, group, 1], np.int64))
-        ends.append(b.reshape(repeated, 0, 0, kv_heads * group * depth))
-    return ends[0], ends[1]
+        return value
+    depth = _depth(node, name)
+    apart = b.reshape(value, 0, 0, kv_heads, 1, depth)
+    repeated = b.op("Expand", apart, b.constant([1, 1, 1, group, 1], np.int64))
+    return b.reshape(repeated, 0, 0, kv_heads * group * depth)
 
 
 def _split_heads(b: Builder, value: ir.Value, heads: int, depth: int, perm: list[int]) -> ir.Value:

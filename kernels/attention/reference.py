@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["attention", "visible_keys"]
+__all__ = ["attention", "attention_values", "attention_weights", "visible_keys"]
 
 
 def attention(
@@ -42,10 +42,40 @@ def attention(
         ``[B, T, heads * E]``.  A query that sees no key gets zeros.
 
     """
+    weights = attention_weights(
+        q,
+        k,
+        key_mask,
+        bias,
+        key_log_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        scale=scale,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+    )
+    return attention_values(weights, v, heads=heads, kv_heads=kv_heads)
+
+
+def attention_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    key_log_size: torch.Tensor | None = None,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+) -> torch.Tensor:
+    """``softmax(scale q k^T + bias + log size)`` per head, ``[B, heads, T, S]``; arguments as of :func:`attention`."""
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     q = q.reshape(B, T, heads, -1).transpose(1, 2)  # [B, H, T, D]
     k = k.reshape(B, S, kv_heads, -1).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)  # [B, H, S, D]
-    v = v.reshape(B, S, kv_heads, -1).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)  # [B, H, S, E]
     logits = (q * scale) @ k.transpose(-1, -2)  # [B, H, T, S]
     if bias is not None:
         logits = logits + bias
@@ -58,8 +88,14 @@ def attention(
     # subtracting a finite maximum keeps rows without any key at zero instead of NaN
     peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = (logits - peak).exp()
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
-    return (weights @ v).transpose(1, 2).reshape(B, T, -1)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+def attention_values(weights: torch.Tensor, v: torch.Tensor, *, heads: int, kv_heads: int) -> torch.Tensor:
+    """Sum the values ``[B, S, kv_heads * E]`` by weights ``[B, heads, T, S]``: returns ``[B, T, heads * E]``."""
+    B, S = v.shape[:2]
+    v = v.reshape(B, S, kv_heads, -1).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)  # [B, H, S, E]
+    return (weights @ v).transpose(1, 2).reshape(B, weights.shape[2], -1)
 
 
 def visible_keys(

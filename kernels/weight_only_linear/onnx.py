@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMS"]
 
-# MatMulNBits takes blocks of a power of two from here on, and multiplies in float32 at this level
-_SMALLEST_BLOCK = 16
+# MatMulNBits takes codes of so many bits in blocks of these sizes, and multiplies in float32 at this level
+_BITS = (4, 8)
+_BLOCKS = (16, 32, 64, 128, 256)
 _FLOAT_ARITHMETIC = 1
 
 
@@ -51,13 +52,15 @@ def _biased(b: Builder, node: XfNode, product: ir.Value) -> ir.Value:
 
 def _width(node: XfNode) -> int:
     """Return the number of input channels."""
-    return node.size("weight", 1) * node.size("weight", 2) * 8 // int(node["bits"])
+    return node.size("x", -1)
 
 
 def _has_blocks(node: XfNode) -> Verdict:
     block = _width(node) // node.size("scale", 1)
-    if block < _SMALLEST_BLOCK or block & (block - 1):
-        return f"MatMulNBits takes groups of 16, 32, 64, ..., not of {block}"
+    if node["bits"] not in _BITS:
+        return f"MatMulNBits takes codes of 4 or 8 bits, not of {node['bits']}"
+    if block not in _BLOCKS:
+        return f"MatMulNBits takes groups of 16, 32, 64, 128 or 256, not of {block}"
     return None
 
 

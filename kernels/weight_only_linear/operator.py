@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from xformopt.kernels.definition import Operator
-from xformopt.kernels.packing import packed_size
+from xformopt.kernels.packing import WIDTHS, packed_size
 from xformopt.kernels.weight_only_linear.reference import weight_only_linear
 
 __all__ = ["OPERATOR"]
@@ -22,9 +22,10 @@ def _infer(
     *,
     bits: int,
 ) -> torch.Tensor:
-    torch._check(bits in (4, 8), lambda: "a code has 4 or 8 bits")
+    torch._check(bits in WIDTHS, lambda: "a code has 2, 3, 4, 6 or 8 bits")
     rows, groups, size = weight.shape
-    torch._check(groups * size * 8 == x.shape[-1] * bits, lambda: "x and weight disagree on the input width")
+    fits = x.shape[-1] % groups == 0 and size == packed_size(x.shape[-1] // groups, bits)
+    torch._check(fits, lambda: "x and weight disagree on the input width")
     torch._check(scale.shape == (rows, groups), lambda: "scale must hold one number per output channel and group")
     held = (rows, packed_size(groups, bits))
     torch._check(zero is None or zero.shape == held, lambda: "zero must hold one code per output channel and group")

@@ -22,15 +22,16 @@ def weight_only_linear(
 
     Args:
         x: ``[..., I]``.
-        weight: Packed codes, uint8, ``[O, G, I / G * bits / 8]``: G groups of neighbouring input channels.
+        weight: Packed codes, uint8, ``[O, G, ceil(I / G * bits / 8)]``: G groups of neighbouring input channels, each
+            of which begins on a byte.
         scale: What one step is worth in each group, ``[O, G]``.
         zero: The code of zero in each group, packed uint8, ``[O, ceil(G * bits / 8)]``; without it ``2^(bits-1)``.
         bias: ``[O]``.
-        bits: Of a code, 4 or 8.
+        bits: Of a code: 2, 3, 4, 6 or 8.
 
     Returns:
         ``[..., O]``.
 
     """
-    codes = unpack(weight.flatten(1), bits, x.shape[-1])
+    codes = unpack(weight, bits, x.shape[-1] // weight.shape[1]).flatten(1)
     return torch.nn.functional.linear(x, dequantize_groups(codes, scale, zero, bits), bias)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xformopt.kernels.attention import attention, visible_keys
-from xformopt.kernels.definition import xf
+from xformopt.kernels.definition import load_operators, xf
 
 
 def by_loops(
@@ -180,3 +180,20 @@ def test_gradient_of_grouped_masked_attention() -> None:
     assert torch.autograd.gradcheck(
         lambda *x: xf.attention(*x, mask, heads=2, kv_heads=1, scale=0.5, causal=True), (q, k, v)
     )
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_halves_of_attention_are_operators(kv_heads: int) -> None:
+    q, k, v = (torch.randn(2, n, w, dtype=torch.float64) for n, w in ((5, 32), (7, 8 * kv_heads), (7, 6 * kv_heads)))
+    options = {"heads": 4, "kv_heads": kv_heads}
+    weights = xf.attention_weights(q, k, scale=0.3, causal=True, **options)
+    assert weights.shape == (2, 4, 5, 7)
+    found = xf.attention_values(weights, v, **options)
+    wanted = by_loops(q, k, v, scale=0.3, causal=True, **options)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    operators = load_operators()
+    assert operators["attention_weights"].flops(q, k, scale=0.3, **options) == 2 * 2 * 4 * 5 * 7 * 8
+    assert operators["attention_values"].flops(weights, v, **options) == 2 * 2 * 4 * 5 * 7 * 6
+    given = tuple(value.requires_grad_() for value in (q, k, v))
+    torch.library.opcheck(xf.attention_weights, given[:2], {"scale": 0.3, **options})
+    torch.library.opcheck(xf.attention_values, (weights.detach().requires_grad_(), given[2]), options)

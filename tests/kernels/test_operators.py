@@ -154,13 +154,16 @@ def integer_products(
     return total + (0 if b is None else b)
 
 
-def table_of(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
+def table_of(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, width: int | None = None
+) -> torch.Tensor:
     """Take codes out of bytes one at a time."""
 
     def code(row: list[int], index: int) -> int:
-        return row[index] if bits == 8 else row[index // 2] >> 4 * (index % 2) & 15
+        return int.from_bytes(bytes(row), "little") >> bits * index & 2**bits - 1
 
-    rows, width, groups = [], packed[0].numel() * 8 // bits, scale.shape[1]
+    rows, groups = [], scale.shape[1]
+    width = width or packed[0].numel() * 8 // bits
     for r, row in enumerate(packed.flatten(1).tolist()):
         shifts = [2 ** (bits - 1) if zero is None else code(zero[r].tolist(), g) for g in range(groups)]
         places = [(i, i * groups // width) for i in range(width)]
@@ -250,8 +253,19 @@ CASES = [
             2 * 2 * 5 * 24 * 7,
             {"bits": bits},
         )
-        for bits in (4, 8)
+        for bits in (2, 3, 4, 6, 8)
         for zero in (False, True)
+    ),
+    # one group a row, whose last byte is not full
+    *(
+        Case(
+            "weight_only_linear",
+            lambda bits=bits, size=size: (randn(2, 5, 7), byte(4, 1, size), randn(4, 1), byte(4, 1)),
+            lambda x, w, s, zero, *, bits: linear(x, table_of(w, s, zero, bits, width=7)),
+            2 * 2 * 5 * 7 * 4,
+            {"bits": bits},
+        )
+        for bits, size in ((2, 2), (3, 3), (4, 4), (6, 6))
     ),
     *(
         Case(
@@ -271,6 +285,8 @@ CASES = [
     ),
 ]
 # these have a test file of their own
+ATTENTION = {"attention", "attention_weights", "attention_values"}
+SIMULATED = {"fake_quantize", "log_quantize"}
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 
@@ -336,7 +352,11 @@ def test_gradients(case: Case) -> None:
 
 
 def test_every_operator_has_a_case() -> None:
-    assert {case.name for case in CASES} | {"attention"} | RECURRENT == set(load_operators())
+    assert {case.name for case in CASES} | {
+        "attention",
+        "attention_weights",
+        "attention_values",
+    } | RECURRENT | SIMULATED == set(load_operators())
 
 
 def test_every_folder_defines_its_operator_once() -> None:
@@ -370,7 +390,7 @@ def test_operators_are_found_by_name_and_by_target() -> None:
         (lambda: xf.quantized_linear(*fake((2, 4), (3, 4), (3,))), "the weight must be int8"),
         (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=4), "disagree on the input width"),
         (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 1)), bits=8), "per output channel and group"),
-        (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=3), "4 or 8 bits"),
+        (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=5), "2, 3, 4, 6 or 8 bits"),
         (lambda: xf.quantized_embedding(*fake((9, 8), (2,), (9, 3)), bits=8), "do not divide the width"),
     ],
 )

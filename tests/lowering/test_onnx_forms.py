@@ -143,6 +143,14 @@ param %s3: f32[40,3]
 param %s8: f32[40,8]
 param %z4: u8[40,2]
 param %z8: u8[40,3]
+param %w3: u8[40,3,12]
+param %w6: u8[40,1,72]
+param %w2: u8[24,3,2]
+param %s1: f32[40,1]
+param %t3: f32[24,3]
+param %z3: u8[40,2]
+param %z6: u8[40,1]
+param %z2: u8[24,1]
 param %e4: u8[40,48]
 param %e8: u8[40,96]
 %o0: f32[batch,length,40] = xf.quantized_linear(%x, %w, %s, %b)
@@ -157,9 +165,13 @@ param %e8: u8[40,96]
 %o9: f32[batch,length,96] = xf.quantized_embedding(%e4, %ids, %s3) {bits=4}
 %o10: f32[batch,length,96] = xf.quantized_embedding(%e8, %ids, %s3, %z8) {bits=8}
 %o11: f32[batch,length,96] = xf.quantized_embedding(%e8, %ids, %s8) {bits=8}
+%o12: f32[batch,length,40] = xf.weight_only_linear(%x, %w3, %s3, %z3) {bits=3}
+%o13: f32[batch,length,40] = xf.weight_only_linear(%x, %w6, %s1, %z6, %b) {bits=6}
+%narrow: f32[batch,length,21] = aten.slice.Tensor(%x) {dim=2, end=21}
+%o14: f32[batch,length,24] = xf.weight_only_linear(%narrow, %w2, %t3, %z2) {bits=2}
 """
     + "return "
-    + ", ".join(f"o{i}=%o{i}" for i in range(12))
+    + ", ".join(f"o{i}=%o{i}" for i in range(15))
 )
 QUANTIZED_OPERATORS = ("quantized_linear", "weight_only_linear", "quantized_embedding")
 APART = ("attention", *QUANTIZED_OPERATORS)
@@ -175,14 +187,19 @@ def quantized_parameters() -> dict[str, torch.Tensor]:
         return torch.rand(shape, generator=generator) / 100
 
     shapes = {"w4": (40, 3, 16), "w8": (40, 3, 32), "w12": (40, 8, 12), "e4": (40, 48), "e8": (40, 96)}
+    shapes |= {"w3": (40, 3, 12), "w6": (40, 1, 72), "w2": (24, 3, 2)}
+    shapes |= {"z3": (40, 2), "z6": (40, 1), "z2": (24, 1), "z4": (40, 2), "z8": (40, 3)}
     return {
         "w": torch.randint(-127, 128, (40, 96), generator=generator, dtype=torch.int8),
         "b": torch.randn(40, generator=generator),
         # a range that clips a normal distribution on both sides
         "xs": torch.tensor(3.5 / 255),
         "xz": torch.tensor(120, dtype=torch.uint8),
-        **{name: byte(*shape) for name, shape in (shapes | {"z4": (40, 2), "z8": (40, 3)}).items()},
-        **{name: steps(*shape) for name, shape in {"s": (40,), "s3": (40, 3), "s8": (40, 8)}.items()},
+        **{name: byte(*shape) for name, shape in shapes.items()},
+        **{
+            name: steps(*shape)
+            for name, shape in {"s": (40,), "s1": (40, 1), "s3": (40, 3), "t3": (24, 3), "s8": (40, 8)}.items()
+        },
     }
 
 

@@ -93,7 +93,7 @@ def test_gptq_moves_what_is_left_by_the_inverse_hessian() -> None:
     assert losses[0] < 0.8 * losses[1]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 def test_unpacking_is_the_inverse_of_packing(bits: int, count: int) -> None:
     codes = torch.randint(0, 2**bits, (3, 5, count), dtype=torch.uint8)
@@ -104,6 +104,11 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, count: int) -> None:
 
 def test_of_two_codes_the_first_has_the_low_bits() -> None:
     assert pack(torch.tensor([[1, 2, 15]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x0F]]
+
+
+def test_codes_of_six_bits_run_on_from_byte_to_byte() -> None:
+    packed = pack(torch.tensor([[1, 2, 3, 63, 33]], dtype=torch.uint8), 6)
+    assert int.from_bytes(bytes(packed[0].tolist()), "little") == 1 | 2 << 6 | 3 << 12 | 63 << 18 | 33 << 24
 
 
 PROGRAM = Program.parse("""

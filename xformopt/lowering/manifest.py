@@ -40,6 +40,8 @@ _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp1
 
 # what is stored in few bits and computed in float
 _STORED = {"weight_only_linear": "linear layers", "quantized_embedding": "tables of embeddings"}
+# what rounds a value to few levels that stay floats
+_SIMULATED = frozenset({"fake_quantize", "log_quantize"})
 
 
 class _Model(BaseModel):
@@ -109,7 +111,7 @@ class Manifest(_Model):
     target: str
     model: str
     precision: str
-    # how many layers execute in integers, or are only stored in few bits
+    # how many layers execute in integers, or are only stored in few bits, and how many values are rounded in float
     execution: dict[str, int] = Field(default_factory=dict)
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
@@ -171,13 +173,18 @@ def arithmetic_of(program: Program) -> str:
 
 
 def execution_of(program: Program) -> dict[str, int]:
-    """Count linear layers and tables by how they run: executed in integers, or only stored in few bits."""
+    """Count linear layers and tables by how they run: executed in integers, or only stored in few bits.
+
+    Activations in few bits are simulated: rounded, and kept in float.
+    """
     counted: Counter[str] = Counter()
     for defined, node in _xf_nodes(program):
         if defined.name == "quantized_linear":
             counted["linear layers executed in int8"] += 1
         elif defined.name in _STORED:
             counted[f"{_STORED[defined.name]} stored in {node.kwargs['bits']} bits, computed in float"] += 1
+        elif defined.name in _SIMULATED:
+            counted[f"activations in {node.kwargs['bits']} bits, simulated in float"] += 1
         elif defined.name in ("linear", "linear_activation"):
             counted["linear layers in float"] += 1
     return dict(sorted(counted.items()))
