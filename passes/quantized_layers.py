@@ -32,7 +32,7 @@ __all__ = [
     "refuse_repetition",
 ]
 
-_QUANTIZED = frozenset({"quantized_linear", "weight_only_linear"})
+_QUANTIZED = frozenset({"quantized_linear", "shift_linear", "ternary_linear", "weight_only_linear"})
 
 # returns the quantized layer without its activation, or why there is none
 Replace: TypeAlias = Callable[[Editor, LinearParts, fx.Node], "fx.Node | Reject"]
@@ -200,12 +200,15 @@ class _LayerErrors:
     """Runs each quantized layer on the values that reach the original one."""
 
     fired: Mapping[str, Fired]
+    # a layer behind a quantized one reads what replaced it: what that was called before
+    original: Mapping[str, str]
     values: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
     def observe(self, node: fx.Node, value: Any) -> None:
         if (fired := self.fired.get(node.name)) is not None:
-            found = run_region(fired.after, {name: self.values[name] for name in fired.after.inputs})
+            given = {name: self.values[self.original.get(name, name)] for name in fired.after.inputs}
+            found = run_region(fired.after, given)
             self.errors[node.name] = relative_l2(value, found[fired.after.outputs[0]])
         if any(user.name in self.fired for user in node.users):
             self.values[node.name] = value
@@ -216,6 +219,7 @@ class _LayerErrors:
 
 def _layer_errors(program: Program, batch: _Batch, fired: Sequence[Fired]) -> dict[str, float]:
     """Return how far each layer's output is off when it alone is quantized."""
-    found = _LayerErrors({rewritten.before.outputs[0]: rewritten for rewritten in fired})
+    names = {rewritten.after.outputs[0]: rewritten.before.outputs[0] for rewritten in fired}
+    found = _LayerErrors({rewritten.before.outputs[0]: rewritten for rewritten in fired}, names)
     interpret(program, batch, observe=found.observe)
     return found.errors
