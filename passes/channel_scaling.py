@@ -1,24 +1,27 @@
-"""Moving a scale per channel from the output of a norm into the linear layers that read it.
+"""Moving a scale and a shift per channel from the output of a norm into the linear layers that read it.
 
-norm(x; g, c) W^T + b    ->    norm(x; g / s, c / s) (W diag(s))^T + b
+norm(x; g, c) W^T + b    ->    norm(x; g / s, (c + t) / s) (W diag(s))^T + b - W t
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import fx
 
-from xformopt.match import arguments, call_with, is_call, is_returned, operand, readers, xf
+from xformopt.match import arguments, is_call, is_returned, operand, readers, xf
 from xformopt.passes.weights import LinearParts, linear_parts, shared_parameter
 from xformopt.program import Program, path_of, value_of
 from xformopt.program.text import target_name
 from xformopt.rewrite import Editor, Reject, Rule
 
-__all__ = ["ChooseScale", "norm_outputs", "scaling_rule"]
+__all__ = ["ChannelAffine", "ChooseScale", "norm_outputs", "scaling_rule"]
+
+aten = torch.ops.aten
 
 _LINEAR = (xf.linear, xf.linear_activation)
 _NORMS = (xf.layer_norm, xf.rms_norm)
@@ -26,8 +29,17 @@ _SUM_NORMS = (xf.add_layer_norm, xf.add_rms_norm)
 # factors this close to 1 change nothing that quantization sees
 _BALANCED = 1e-3
 
-# from the name of a norm's output and the weights that read it: s in float64, or why there is none
-ChooseScale: TypeAlias = Callable[[str, Sequence[torch.Tensor]], "torch.Tensor | Reject"]
+
+@dataclass(frozen=True)
+class ChannelAffine:
+    """What becomes of a norm's output, float64 ``[C]`` each: ``(x + shift) / scale``; no shift where it is None."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor | None = None
+
+
+# from the name of a norm's output and the weights that read it: s in float64 (with t, if any), or why there is none
+ChooseScale: TypeAlias = Callable[[str, Sequence[torch.Tensor]], "torch.Tensor | ChannelAffine | Reject"]
 
 
 def norm_outputs(program: Program) -> list[str]:
@@ -35,32 +47,64 @@ def norm_outputs(program: Program) -> list[str]:
     return [value.name for node in program.nodes() if (value := _output(node)) is not None]
 
 
-def scaling_rule(wanted: Sequence[str], choose: ChooseScale) -> Rule:
-    """Return a rule that fires at norms whose output is in ``wanted``."""
+def scaling_rule(wanted: Sequence[str], choose: ChooseScale, *, restore: bool = False) -> Rule:
+    """Return a rule that fires at norms whose output is in ``wanted``.
+
+    Args:
+        wanted: Names of outputs of norms.
+        choose: Called with such a name and the weights of the linear layers behind.
+        restore: What to do where something else reads the norm, too, such as the residual of a model that normalizes
+            behind its blocks: give it the original value, by an explicit product per channel; or refuse.
+
+    """
     known = frozenset(wanted)
 
     def scale_channels(editor: Editor, node: fx.Node) -> Mapping[fx.Node, fx.Node] | Reject | None:
         value = _output(node)
         if value is None or value.name not in known:
             return None
-        linears = _linear_readers(editor, value)
+        linears = _linear_readers(editor, value, restore)
         if isinstance(linears, Reject):
             return linears
         if refusal := _refuse_norm(editor, node):
             return refusal
-        scale = choose(value.name, [parts.weight for parts in linears])
-        if isinstance(scale, Reject):
-            return scale
-        if bool(((scale - 1).abs() < _BALANCED).all()):
-            return Reject("activations and weights are balanced already")
-        divided, replaced = _divided_norm(editor, node, scale)
+        chosen = choose(value.name, [parts.weight for parts in linears])
+        if isinstance(chosen, Reject):
+            return chosen
+        if isinstance(chosen, torch.Tensor):
+            if bool(((chosen - 1).abs() < _BALANCED).all()):
+                return Reject("activations and weights are balanced already")
+            chosen = ChannelAffine(chosen)
+        changed, replaced = _changed_norm(editor, node, chosen)
         for parts in linears:
-            weight = editor.parameter(parts.weight_name, (parts.weight.double() * scale).to(parts.weight.dtype))
-            replaced[parts.node] = call_with(editor, parts.node, x=divided, weight=weight)
-            replaced[parts.node].meta["path"] = path_of(parts.node)
+            replaced[parts.node] = _changed_linear(editor, parts, changed, chosen)
+        if is_returned(value) or len(readers(value)) > len(linears):
+            replaced[value] = _restored(editor, node, changed, chosen)
         return replaced
 
     return scale_channels
+
+
+def _changed_linear(editor: Editor, parts: LinearParts, source: fx.Node, chosen: ChannelAffine) -> fx.Node:
+    """Return the linear layer on the changed value."""
+    dtype, bias = parts.weight.dtype, arguments(parts.node)["bias"]
+    weight = editor.parameter(parts.weight_name, (parts.weight.double() * chosen.scale).to(dtype))
+    if chosen.shift is not None:
+        before = 0 if parts.bias is None else parts.bias.double()
+        bias = editor.parameter(parts.bias_name, (before - parts.weight.double() @ chosen.shift).to(dtype))
+    operands = (source, weight) if bias is None else (source, weight, bias)
+    replaced = editor.call(parts.node.target, *operands, **parts.node.kwargs)
+    replaced.meta["path"] = path_of(parts.node)
+    return replaced
+
+
+def _restored(editor: Editor, node: fx.Node, changed: fx.Node, chosen: ChannelAffine) -> fx.Node:
+    """Return the norm's original value."""
+    dtype, stem = value_of(changed).dtype, path_of(node) or node.name
+    value = editor.call(aten.mul.Tensor, changed, editor.parameter(f"{stem}.restored_scale", chosen.scale.to(dtype)))
+    if chosen.shift is None:
+        return value
+    return editor.call(aten.sub.Tensor, value, editor.parameter(f"{stem}.restored_shift", chosen.shift.to(dtype)))
 
 
 def _output(node: fx.Node) -> fx.Node | None:
@@ -72,13 +116,15 @@ def _output(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _linear_readers(editor: Editor, value: fx.Node) -> list[LinearParts] | Reject:
-    """Return the linear layers that read ``value``, if they are all that do and can be changed."""
-    if is_returned(value):
+def _linear_readers(editor: Editor, value: fx.Node, restore: bool) -> list[LinearParts] | Reject:
+    """Return the linear layers that read ``value``, if they can be changed, and are all that do or need not be."""
+    if is_returned(value) and not restore:
         return Reject("the program returns the norm")
     found: list[LinearParts] = []
     for reader in readers(value):
         if not is_call(reader, *_LINEAR) or operand(reader) is not value:
+            if restore:
+                continue
             return Reject(f"{target_name(reader.target)} reads the norm and is no linear layer")
         parts = linear_parts(editor, reader)
         if isinstance(parts, Reject):
@@ -86,7 +132,7 @@ def _linear_readers(editor: Editor, value: fx.Node) -> list[LinearParts] | Rejec
         if refusal := shared_parameter(parts):
             return refusal
         found.append(parts)
-    return found or Reject("nothing reads the norm")
+    return found or Reject("no linear layer reads the norm" if restore else "nothing reads the norm")
 
 
 def _refuse_norm(editor: Editor, node: fx.Node) -> Reject | None:
@@ -98,20 +144,22 @@ def _refuse_norm(editor: Editor, node: fx.Node) -> Reject | None:
     return None
 
 
-def _divided_norm(editor: Editor, node: fx.Node, scale: torch.Tensor) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
-    """Return the norm's output divided by ``scale``, and what replaces its other outputs."""
+def _changed_norm(editor: Editor, node: fx.Node, chosen: ChannelAffine) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+    """Return the norm's changed output, and what replaces its other outputs."""
     given, dtype = arguments(node), value_of(operand(node)).dtype
     weight, bias = editor.constant(given["weight"]), editor.constant(given.get("bias"))
     stem = path_of(node) or node.name
-    new = (1 / scale if weight is None else weight.double() / scale).to(dtype)
+    new = (1 / chosen.scale if weight is None else weight.double() / chosen.scale).to(dtype)
     name = f"{stem}.weight" if weight is None else str(given["weight"].target)
     operands = [given[name] for name in ("x", "residual") if name in given]
     operands.append(editor.parameter(name, new))
-    if bias is not None:
-        operands.append(editor.parameter(str(given["bias"].target), (bias.double() / scale).to(dtype)))
-    divided = editor.call(node.target, *operands, eps=given["eps"])
+    if bias is not None or chosen.shift is not None:
+        name = f"{stem}.bias" if bias is None else str(given["bias"].target)
+        total = (0 if bias is None else bias.double()) + (0 if chosen.shift is None else chosen.shift)
+        operands.append(editor.parameter(name, (total / chosen.scale).to(dtype)))
+    changed = editor.call(node.target, *operands, eps=given["eps"])
     if is_call(node, *_NORMS):
-        return divided, {}
+        return changed, {}
     others = [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
-    replaced = {other: editor.call(operator.getitem, divided, 1) for other in others}
-    return editor.call(operator.getitem, divided, 0), replaced
+    replaced = {other: editor.call(operator.getitem, changed, 1) for other in others}
+    return editor.call(operator.getitem, changed, 0), replaced
