@@ -38,7 +38,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     places = torch.arange(0, 8 * period, bits, dtype=torch.int64)
     grouped = torch.nn.functional.pad(codes, (0, -count % len(places))).unflatten(-1, (-1, len(places)))
     words = (grouped.to(torch.int64) << places).sum(-1, keepdim=True, dtype=torch.int64)
-    found = words >> torch.arange(0, 8 * period, 8, dtype=torch.int64) & 255
+    found: torch.Tensor = words >> torch.arange(0, 8 * period, 8, dtype=torch.int64) & 255
     return found.flatten(-2)[..., : packed_size(count, bits)].to(torch.uint8)
 
 
@@ -51,7 +51,8 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     grouped = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % period)).unflatten(-1, (-1, period))
     words = (grouped.to(torch.int64) << starts).sum(-1, keepdim=True, dtype=torch.int64)
     places = torch.arange(0, 8 * period, bits, dtype=torch.int64, device=packed.device)
-    return (words >> places & 2**bits - 1).flatten(-2)[..., :count].to(torch.uint8)
+    codes: torch.Tensor = words >> places & 2**bits - 1
+    return codes.flatten(-2)[..., :count].to(torch.uint8)
 
 
 def dequantize_groups(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -93,7 +93,8 @@ def _changed_linear(editor: Editor, parts: LinearParts, source: fx.Node, chosen:
         before = 0 if parts.bias is None else parts.bias.double()
         bias = editor.parameter(parts.bias_name, (before - parts.weight.double() @ chosen.shift).to(dtype))
     operands = (source, weight) if bias is None else (source, weight, bias)
-    replaced = editor.call(parts.node.target, *operands, **parts.node.kwargs)
+    keywords: dict[str, Any] = dict(parts.node.kwargs)
+    replaced = editor.call(parts.node.target, *operands, **keywords)
     replaced.meta["path"] = path_of(parts.node)
     return replaced
 

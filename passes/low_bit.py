@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from functools import cached_property
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import fx
@@ -39,7 +40,7 @@ __all__ = [
     "Uniform",
     "find_slots",
     "nearest_rows",
-    "refuse_no_data",
+    "refuse_constants",
 ]
 
 aten = torch.ops.aten
@@ -55,16 +56,24 @@ class Uniform:
     scale: float
     zero: int
 
+    @cached_property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point: the same tensors each time, so that operators share them as parameters."""
+        return torch.tensor(self.scale, dtype=torch.float32), torch.tensor(self.zero, dtype=torch.int32)
+
     def values(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` quantized and dequantized."""
-        scale = torch.tensor(self.scale, dtype=x.dtype)
-        return fake_quantize(x, scale, torch.tensor(self.zero, dtype=torch.int32), bits=self.bits)
+        scale, zero = self.tensors
+        return fake_quantize(x, scale.to(x.dtype), zero, bits=self.bits)
 
     def emit(self, editor: Editor, source: fx.Node, name: str) -> fx.Node:
         """Call the quantizer on ``source``."""
-        scale = editor.parameter(f"{name}.scale", torch.tensor(self.scale, dtype=value_of(source).dtype))
-        zero = editor.parameter(f"{name}.zero", torch.tensor(self.zero, dtype=torch.int32))
-        return editor.call(xf.fake_quantize, source, scale, zero, bits=self.bits)
+        scale, zero = self.tensors
+        operands = (
+            editor.parameter(f"{name}.scale", scale.to(value_of(source).dtype)),
+            editor.parameter(f"{name}.zero", zero),
+        )
+        return editor.call(xf.fake_quantize, source, *operands, bits=self.bits)
 
 
 @dataclass(frozen=True)
@@ -97,12 +106,17 @@ class Logarithmic:
     flush: bool = True
     shift: float = 0.0
 
+    @cached_property
+    def tensor(self) -> torch.Tensor:
+        """The scale: the same tensor each time, so that operators share it as a parameter."""
+        return torch.tensor(self.scale, dtype=torch.float32)
+
     def values(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x + shift`` quantized and dequantized."""
         shifted = x + self.shift if self.shift else x
         return log_quantize(
             shifted,
-            torch.tensor(self.scale, dtype=x.dtype),
+            self.tensor.to(x.dtype),
             bits=self.bits,
             numerator=self.numerator,
             denominator=self.denominator,
@@ -112,7 +126,7 @@ class Logarithmic:
 
     def emit(self, editor: Editor, source: fx.Node, name: str) -> fx.Node:
         """Call the quantizer on ``source``."""
-        scale = editor.parameter(f"{name}.scale", torch.tensor(self.scale, dtype=value_of(source).dtype))
+        scale = editor.parameter(f"{name}.scale", self.tensor.to(value_of(source).dtype))
         shifted = editor.call(aten.add.Tensor, source, self.shift) if self.shift else source
         return editor.call(
             xf.log_quantize,
@@ -209,9 +223,7 @@ class LowBitPass(Pass):
         if self.attention:
             prepared = _split_attention(prepared, self.skip)
         slots = find_slots(prepared.program, self.skip)
-        if not slots:
-            return PassResult(program, False, (), prepared.rejected)
-        plan = self.plan(prepared, slots, context)
+        plan = self.plan(prepared, slots, context) if slots else Plan({}, {})
         done = rewrite(
             prepared.program, {self.name: lambda editor, node: _quantized(editor, node, plan, self.skip)}, sweeps=1
         )
@@ -249,13 +261,16 @@ def nearest_rows(weight: torch.Tensor, bits: int) -> GroupCodes:
     return quantize_groups(weight, bits=bits, group=weight.shape[1], symmetric=False)
 
 
-def refuse_no_data(context: Context) -> None:
-    """Raise DataError where there is no calibration data."""
-    if not context.calibration:
-        raise DataError(
-            "Ranges of activations are found on calibration data, and there is none. Give some with --calibration "
-            "(or calibration=... in Python)."
-        )
+def refuse_constants(slots: Sequence[Slot], rows: Mapping[str, torch.Tensor]) -> None:
+    """Raise DataError for a value that never differs: it has no range."""
+    for slot in slots:
+        low, high = float(rows[slot.value].min()), float(rows[slot.value].max())
+        # a softmax over one key is always 1
+        if low == high and slot.operand != "weights":
+            raise DataError(
+                f"On the calibration data, the input {slot.operand} of {slot.path} is always {low:g}, so it has no "
+                f"range. Give calibration data that differ, or leave the layer out with skip."
+            )
 
 
 def _split_attention(prepared: Prepared, skip: Sequence[str]) -> Prepared:
@@ -307,7 +322,8 @@ def _quantized_call(editor: Editor, node: fx.Node, plan: Plan, names: Sequence[s
     changed = {name: _emit(editor, given[name], plan.quantizers[node.name, name]) for name in names}
     places = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     operands = [changed.get(name, value) for name, value in zip(places, node.args, strict=False)]
-    return editor.call(node.target, *operands, **node.kwargs)
+    keywords: dict[str, Any] = dict(node.kwargs)
+    return editor.call(node.target, *operands, **keywords)
 
 
 def _emit(editor: Editor, source: fx.Node, quantizer: Quantizer) -> fx.Node:

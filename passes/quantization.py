@@ -35,6 +35,11 @@ class GroupCodes:
         blocks = pack(self.codes.unflatten(1, (self.scale.shape[1], -1)), self.bits).contiguous()
         return PackedGroups(blocks, self.scale, None if self.zero is None else pack(self.zero, self.bits).contiguous())
 
+    def rows(self, start: int, end: int) -> GroupCodes:
+        """Return rows ``start`` to ``end - 1``."""
+        zero = None if self.zero is None else self.zero[start:end]
+        return replace(self, codes=self.codes[start:end], scale=self.scale[start:end].contiguous(), zero=zero)
+
 
 @dataclass(frozen=True)
 class PackedGroups:

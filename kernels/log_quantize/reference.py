@@ -3,9 +3,9 @@
     k = round(-(r / q) log2(x / scale)),    codes of 2^bits and more stand for 0, or are clipped to the last one
     y = scale 2^(-floor(k q / r)) table[(k q) mod r],    table[j] = 2^(-j / r)
 
-The base is ``2^(q / r)``: base 2 with q = r = 1, base sqrt 2 with q = 1 and r = 2 (RepQuant, arXiv 2402.05628), AdaLog's
-with r = 37 and a q of choice (arXiv 2407.12951).  To run it, hardware needs a shift and a table of r entries, of
-``bits + 1`` bits each where they are rounded.  Here nothing executes in integers.
+The base is ``2^(q / r)``: base 2 with q = r = 1, base sqrt 2 with q = 1 and r = 2 (RepQuant, arXiv 2402.05628), and
+AdaLog's with r = 37 and a q of choice (arXiv 2407.12951).  To run it, hardware needs a shift and a table of r entries,
+of ``bits + 1`` bits each where they are rounded.  Here nothing executes in integers.
 """
 
 from __future__ import annotations
@@ -62,4 +62,5 @@ def log_table(bits: int, denominator: int, round_table: bool) -> torch.Tensor:
     if not round_table:
         return table
     steps = 2 ** (bits + 1) - 2
-    return (table * steps).round() / steps
+    rounded: torch.Tensor = (table * steps).round() / steps
+    return rounded

@@ -12,14 +12,25 @@ stored in few bits and computed in float; the activations' quantization is **sim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from xformopt.errors import DataError
+import torch
+
 from xformopt.match import operand
 from xformopt.observers import Method, Range, affine_parameters, observe_ranges
-from xformopt.passes.low_bit import Dynamic, Layer, LowBitPass, Plan, Prepared, Quantizer, Slot, Uniform, nearest_rows
+from xformopt.passes.low_bit import (
+    Dynamic,
+    Layer,
+    LowBitPass,
+    Plan,
+    Prepared,
+    Slot,
+    Uniform,
+    nearest_rows,
+    refuse_constants,
+)
 from xformopt.passes.quantized_layers import is_skipped, linear_layers
 from xformopt.pipeline import Context
 
@@ -59,17 +70,12 @@ class QuantizeLowBit(LowBitPass):
     def plan(self, prepared: Prepared, slots: Sequence[Slot], context: Context) -> Plan:
         """Find a range for every slot; round every weight to nearest."""
         program = prepared.program
-        packed = {
-            name: nearest_rows(program.parameters[name], self.weight_bits).packed()
-            for name in {
-                str(operand(node, 1).target) for node in linear_layers(program) if not is_skipped(node, self.skip)
-            }
+        weights = {n.name: str(operand(n, 1).target) for n in linear_layers(program) if not is_skipped(n, self.skip)}
+        rounded = {
+            name: Layer(nearest_rows(program.parameters[name], self.weight_bits).packed(), self.weight_bits)
+            for name in dict.fromkeys(weights.values())
         }
-        layers = {
-            node.name: Layer(packed[str(operand(node, 1).target)], self.weight_bits)
-            for node in linear_layers(program)
-            if not is_skipped(node, self.skip)
-        }
+        layers = {node: rounded[name] for node, name in weights.items()}
         if self.activations == "token":
             return Plan({(slot.node, slot.operand): Dynamic(self.activation_bits) for slot in slots}, layers)
         ranges = observe_ranges(
@@ -81,14 +87,15 @@ class QuantizeLowBit(LowBitPass):
             bits=self.activation_bits,
             progress=context.progress,
         )
-        return Plan({(s.node, s.operand): self._uniform(s, ranges[s.value]) for s in slots}, layers)
+        refuse_constants(slots, _ends(ranges))
+        found = {value: _uniform(each, self.activation_bits) for value, each in ranges.items()}
+        return Plan({(slot.node, slot.operand): found[slot.value] for slot in slots}, layers)
 
-    def _uniform(self, slot: Slot, found: Range) -> Quantizer:
-        # a softmax over one key is always 1
-        if slot.operand != "weights" and bool((found.low >= found.high).all()):
-            raise DataError(
-                f"On the calibration data, the input {slot.operand} of {slot.path} is always {float(found.low[0]):g}, "
-                f"so it has no range. Give calibration data that differ, or leave the layer out with skip."
-            )
-        scale, zero = affine_parameters(found, self.activation_bits)
-        return Uniform(self.activation_bits, float(scale[0]), int(zero[0]))
+
+def _ends(ranges: Mapping[str, Range]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack((found.low[0], found.high[0])) for name, found in ranges.items()}
+
+
+def _uniform(found: Range, bits: int) -> Uniform:
+    scale, zero = affine_parameters(found, bits)
+    return Uniform(bits, float(scale[0]), int(zero[0]))

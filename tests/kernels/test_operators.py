@@ -154,16 +154,13 @@ def integer_products(
     return total + (0 if b is None else b)
 
 
-def table_of(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, width: int | None = None
-) -> torch.Tensor:
+def table_of(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
     """Take codes out of bytes one at a time."""
 
     def code(row: list[int], index: int) -> int:
         return int.from_bytes(bytes(row), "little") >> bits * index & 2**bits - 1
 
-    rows, groups = [], scale.shape[1]
-    width = width or packed[0].numel() * 8 // bits
+    rows, width, groups = [], packed[0].numel() * 8 // bits, scale.shape[1]
     for r, row in enumerate(packed.flatten(1).tolist()):
         shifts = [2 ** (bits - 1) if zero is None else code(zero[r].tolist(), g) for g in range(groups)]
         places = [(i, i * groups // width) for i in range(width)]
@@ -300,17 +297,6 @@ CASES = [
         )
         for bits, size in ((1, 1), (2, 2))
         for scales in (1, 4)
-    ),
-    # one group a row, whose last byte is not full
-    *(
-        Case(
-            "weight_only_linear",
-            lambda bits=bits, size=size: (randn(2, 5, 7), byte(4, 1, size), randn(4, 1), byte(4, 1)),
-            lambda x, w, s, zero, *, bits: linear(x, table_of(w, s, zero, bits, width=7)),
-            2 * 2 * 5 * 7 * 4,
-            {"bits": bits},
-        )
-        for bits, size in ((2, 2), (3, 3), (4, 4), (6, 6))
     ),
     *(
         Case(

@@ -39,14 +39,14 @@ return a=%a, b=%b, c=%c
 HALVES = """
 program "halves" target
 dim batch in [1, inf]
-dim length in [1, 64]
-input %q: f32[batch,length,32]
+dim t in [1, 64]
+input %q: f32[batch,t,32]
 input %k: f32[batch,7,16]
 input %v: f32[batch,7,12]
 input %mask: bool[batch,7]
-%w: f32[batch,4,length,7] = xf.attention_weights(%q, %k, %mask) {heads=4, kv_heads=2, scale=0.3, causal=true, window_left=2}
-%y: f32[batch,length,24] = xf.attention_values(%w, %v) {heads=4, kv_heads=2}
-%z: f32[batch,length,24] = xf.attention(%q, %k, %v, %mask) {heads=4, kv_heads=2, scale=0.3, causal=true, window_left=2}
+%w: f32[batch,4,t,7] = xf.attention_weights(%q, %k, %mask) {heads=4, kv_heads=2, scale=0.3, causal=true, window_left=2}
+%y: f32[batch,t,24] = xf.attention_values(%w, %v) {heads=4, kv_heads=2}
+%z: f32[batch,t,24] = xf.attention(%q, %k, %v, %mask) {heads=4, kv_heads=2, scale=0.3, causal=true, window_left=2}
 return w=%w, y=%y, z=%z
 """
 

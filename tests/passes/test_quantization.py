@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xformopt.errors import DataError
+from xformopt.kernels.definition import xf
 from xformopt.kernels.packing import pack, unpack
 from xformopt.observers import BINS, Method, Range, affine_parameters, narrow, observe_ranges, rows_of
 from xformopt.passes.gptq import gptq, gram_matrices
@@ -251,3 +252,13 @@ def test_what_has_no_range_is_refused() -> None:
     uneven = [*batches(1), *batches(1, length=9)]
     with pytest.raises(DataError, match="inputs of one size"):
         observe_ranges(PROGRAM, uneven, ["h"], granularity="token")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_one_group_a_row_may_end_within_a_byte(bits: int) -> None:
+    weight, x = torch.randn(5, 7), torch.randn(3, 7)
+    found = quantize_groups(weight, bits=bits, group=7, symmetric=False)
+    packed = found.packed()
+    assert packed.weight.shape == (5, 1, -(-7 * bits // 8))
+    product = xf.weight_only_linear(x, packed.weight, packed.scale, packed.zero, bits=bits)
+    torch.testing.assert_close(product, x @ dequantized(found).t())
