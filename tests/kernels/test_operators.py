@@ -174,30 +174,6 @@ def weight_only(
     return linear(x, table_of(w, s, zero, bits), b)
 
 
-def codes_of(packed: torch.Tensor, bits: int, width: int) -> list[list[int]]:
-    """Take codes out of rows of bytes one at a time."""
-    rows = [int.from_bytes(bytes(row), "little") for row in packed.tolist()]
-    return [[row >> bits * i & 2**bits - 1 for i in range(width)] for row in rows]
-
-
-def shifts(x: torch.Tensor, w: torch.Tensor, b: Any = None, *, bits: int, top: int) -> torch.Tensor:
-    """Weights of a sign and a power of two, with Python's own powers."""
-    half = 2 ** (bits - 1)
-
-    def value(code: int) -> float:
-        sign, place = (-1 if code >= half else 1), code % half
-        return sign * 2.0 ** (top - (half - 1 - place)) if place else 0.0
-
-    rows = [[value(code) for code in row] for row in codes_of(w, bits, x.shape[-1])]
-    return linear(x, torch.tensor(rows, dtype=DOUBLE), b)
-
-
-def few_levels(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor, b: Any = None, *, bits: int) -> torch.Tensor:
-    levels = {1: (-1, 1), 2: (-1, 0, 1, 0)}[bits]
-    rows = [[levels[code] for code in row] for row in codes_of(w, bits, x.shape[-1])]
-    return linear(x, torch.tensor(rows, dtype=DOUBLE) * s.reshape(-1, 1), b)
-
-
 MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 1, 1]])
 X = 2 * 5 * 6
 CASES = [
@@ -279,27 +255,6 @@ CASES = [
     ),
     *(
         Case(
-            "shift_linear",
-            lambda bits=bits, size=size: (randn(2, 5, 7), byte(4, size), randn(4)),
-            shifts,
-            2 * 2 * 5 * 7 * 4,
-            {"bits": bits, "top": -1},
-        )
-        for bits, size in ((5, 5), (6, 6))
-    ),
-    *(
-        Case(
-            "ternary_linear",
-            lambda bits=bits, size=size, scales=scales: (randn(2, 5, 7), byte(4, size), randn(scales), randn(4)),
-            few_levels,
-            2 * 2 * 5 * 7 * 4,
-            {"bits": bits},
-        )
-        for bits, size in ((1, 1), (2, 2))
-        for scales in (1, 4)
-    ),
-    *(
-        Case(
             "quantized_embedding",
             lambda bits=bits, zero=zero: (
                 byte(9, 3 * bits),
@@ -317,7 +272,8 @@ CASES = [
 ]
 # these have a test file of their own
 ATTENTION = {"attention", "attention_weights", "attention_values"}
-SIMULATED = {"fake_quantize", "log_quantize", "ternary_weight"}
+SIMULATED = {"fake_quantize", "log_quantize"}
+FEW_LEVELS = {"shift_linear", "ternary_linear", "ternary_weight"}
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 
@@ -387,7 +343,7 @@ def test_every_operator_has_a_case() -> None:
         "attention",
         "attention_weights",
         "attention_values",
-    } | RECURRENT | SIMULATED == set(load_operators())
+    } | RECURRENT | SIMULATED | FEW_LEVELS == set(load_operators())
 
 
 def test_every_folder_defines_its_operator_once() -> None:
@@ -422,11 +378,6 @@ def test_operators_are_found_by_name_and_by_target() -> None:
         (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=4), "disagree on the input width"),
         (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 1)), bits=8), "per output channel and group"),
         (lambda: xf.weight_only_linear(*fake((2, 8), (3, 2, 4), (3, 2)), bits=5), "2, 3, 4, 6 or 8 bits"),
-        (lambda: xf.shift_linear(*fake((2, 8), (3, 4)), bits=5, top=0), "disagree on the input width"),
-        (lambda: xf.shift_linear(*fake((2, 8), (3, 4)), bits=4, top=0), "5 or 6 bits"),
-        (lambda: xf.ternary_linear(*fake((2, 8), (3, 2), (3,)), bits=1), "disagree on the input width"),
-        (lambda: xf.ternary_linear(*fake((2, 8), (3, 2), (2,)), bits=2), "one number, or one per output channel"),
-        (lambda: xf.ternary_weight(*fake((2, 8)), bits=3), "1 or 2 bits"),
         (lambda: xf.quantized_embedding(*fake((9, 8), (2,), (9, 3)), bits=8), "do not divide the width"),
     ],
 )
