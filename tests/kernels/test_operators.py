@@ -273,7 +273,7 @@ CASES = [
 # these have a test file of their own
 ATTENTION = {"attention", "attention_weights", "attention_values"}
 SIMULATED = {"fake_quantize", "log_quantize"}
-FEW_LEVELS = {"shift_linear", "ternary_linear", "ternary_weight"}
+FEW_LEVELS = {"block_parameter", "shift_linear", "ternary_linear", "ternary_weight"}
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 

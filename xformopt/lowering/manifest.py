@@ -44,6 +44,7 @@ _STORED = {
     "shift_linear": "linear layers with powers of two",
     "ternary_linear": "linear layers with two or three values",
     "quantized_embedding": "tables of embeddings",
+    "block_parameter": "parameters",
 }
 # what rounds a value to few levels that stay floats
 _SIMULATED = frozenset({"fake_quantize", "log_quantize"})
