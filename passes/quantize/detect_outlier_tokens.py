@@ -50,6 +50,8 @@ class DetectOutlierTokens(Pass):
         opaque = [place for place in found if isinstance(place, Opaque)]
         places = [place for place in found if isinstance(place, Defect)]
         notes = [self._warning(place) for place in places if place.norm_ratio >= self.ratio]
+        if not places:
+            notes = [f"nothing to look at: {len(opaque)} sums of two values [B, T, C], none of them with a linear map"]
         if not notes:
             largest = max((place.norm_ratio for place in places), default=1.0)
             notes.append(

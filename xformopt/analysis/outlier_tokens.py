@@ -112,15 +112,24 @@ def outlier_tokens(
 
 
 def _is_sum(node: fx.Node) -> bool:
-    """Whether ``node`` adds two values ``[B, T, C]``, alone or as part of a fused norm."""
+    """Whether ``node`` adds two values ``[B, T, C]``, alone or as part of a fused norm that hands the sum on.
+
+    A fused norm whose sum nobody else reads stands between the layers of a post-norm model: its result counts.
+    """
     if is_call(node, xf.add_layer_norm, xf.add_rms_norm):
         return False
     if node.target is operator.getitem:
-        return bool(node.args[1] == 1) and is_call(node.args[0], xf.add_layer_norm, xf.add_rms_norm)
+        norm = node.args[0]
+        return is_call(norm, xf.add_layer_norm, xf.add_rms_norm) and int(str(node.args[1])) == _stream_of(norm)
     if not is_call(node, aten.add.Tensor):
         return False
     both = [argument for argument in node.args if isinstance(argument, fx.Node) and argument.op == "call_function"]
     return len(both) == 2 and all(_shape(value) == _shape(node) and len(_shape(node)) == 3 for value in both)
+
+
+def _stream_of(norm: fx.Node) -> int:
+    """Return which result of a fused norm goes on: the sum where it is read (1), else what is normalized (0)."""
+    return max((int(str(user.args[1])) for user in norm.users if user.target is operator.getitem), default=0)
 
 
 def _shape(node: fx.Node) -> tuple[str, ...]:
@@ -216,9 +225,16 @@ class _Walk:
         self.order[node] = None
         return None
 
-    @staticmethod
-    def _read(node: fx.Node) -> list[fx.Node]:
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        if (total := self._sum_beside(node)) is not None:
+            return [total]
         return [arguments(node)["v"]] if is_call(node, xf.attention) else node.all_input_nodes
+
+    def _sum_beside(self, node: fx.Node) -> fx.Node | None:
+        """Return the sum that a fused norm's first result is the norm of, where that sum is one of the stops."""
+        if node.target is not operator.getitem or not is_call(node.args[0], xf.add_layer_norm, xf.add_rms_norm):
+            return None
+        return next((user for user in node.args[0].users if user is not node and user in self.stops), None)
 
     def run(self, last: fx.Node, before: fx.Node, samples: torch.Tensor) -> torch.Tensor:
         """Return what ``last`` is for tokens ``samples`` of ``before``."""
@@ -229,13 +245,29 @@ class _Walk:
 
         with torch.no_grad():
             for node in self.order:
-                if is_call(node, xf.attention):
+                if (total := self._sum_beside(node)) is not None:
+                    values[node] = self._norm_of(node, known(total))
+                elif is_call(node, xf.attention):
                     values[node] = _own_values(node, known(arguments(node)["v"]))
                 else:
                     args, kwargs = fx.map_arg(node.args, known), fx.map_arg(node.kwargs, known)
                     values[node] = call(node.target, args, kwargs)
         found: torch.Tensor = values[last]
         return found
+
+    def _norm_of(self, node: fx.Node, total: torch.Tensor) -> torch.Tensor:
+        """Return the first result of the fused norm behind ``node`` for a sum that is known."""
+        norm = node.args[0]
+        assert isinstance(norm, fx.Node)
+        given = arguments(norm)
+        affine = [
+            None if given[name] is None else self.program.parameters[str(given[name].target)].double()
+            for name in ("weight", "bias")
+            if name in given
+        ]
+        result = call(norm.target, (total, torch.zeros_like(total), *affine), {"eps": given["eps"]})
+        normed: torch.Tensor = result[0]
+        return normed
 
 
 def _own_values(node: fx.Node, value: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,20 @@ def test_of_linear_steps_the_direction_is_that_of_the_product() -> None:
     assert embeddings.reason == "it reads the input x"
 
 
+def test_a_fused_norm_hands_the_sum_on() -> None:
+    data = batch()
+    program = Program.parse(NORMED)
+    fused = parse_pass("fuse-add-norm").run(program, Context()).program
+    assert "xf.add_layer_norm" in str(fused)
+    apart, together = (outlier_tokens(form, [data]) for form in (program, fused))
+    assert len(apart) == len(together) == 3
+    for one, other in zip(apart[1:], together[1:], strict=True):
+        assert isinstance(one, Defect)
+        assert isinstance(other, Defect)
+        assert other.norm_ratio == pytest.approx(one.norm_ratio, rel=1e-5)
+        assert abs(float(one.direction @ other.direction)) > 0.999
+
+
 def with_defect() -> tuple[Program, torch.Tensor, dict[str, torch.Tensor]]:
     """A network whose MLP turns what lies along one direction into very long tokens along another."""
     into, out = (torch.nn.functional.normalize(torch.randn(WIDTH), dim=0) for _ in range(2))
@@ -142,6 +156,11 @@ def test_models_of_the_zoo_have_maps(name: str) -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(DataError, match="--calibration"):
         outlier_tokens(Program.parse(LINEAR), [])
+    nothing = parse_pass("detect-outlier-tokens").run(
+        Program.parse('program "m" lifted\ninput %x: f32[2,3,4]\n%y: f32[2,3,4] = aten.neg(%x)\nreturn y=%y\n'),
+        Context(calibration=[{"x": torch.randn(2, 3, 4)}]),
+    )
+    assert "nothing to look at: 0 sums" in nothing.notes[0]
     for text, message in (("ratio=1", "larger than 1"), ("alignment=0", "must lie in")):
         with pytest.raises(UsageError, match=message):
             parse_pass(f"detect-outlier-tokens{{{text}}}")
