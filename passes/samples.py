@@ -83,7 +83,7 @@ def check_finite(value: torch.Tensor, path: str) -> None:
 def sample_items(
     program: Program, batches: Sequence[Mapping[str, torch.Tensor]], names: Iterable[str], *, items: int = _ITEMS
 ) -> dict[str, torch.Tensor]:
-    """Run ``program`` on the first calibration batch and return whole items of the values in ``names``.
+    """Run ``program`` on the first calibration batch and return whole items of the values in ``names``, padding too.
 
     Raises:
         DataError: no batches, or a value that is NaN or infinite.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xformopt.kernels.log_quantize.reference import log_table
+from xformopt.kernels.log_quantize.reference import log_levels
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
 
 if TYPE_CHECKING:
@@ -29,18 +29,13 @@ def table_lookup(b: Builder, node: XfNode) -> ir.Value:
     exact = b.op("Mul", b.op("Log", b.op("Div", clipped, scale)), b.constant(factor, np.float64))
     # one entry more, for all that lies below the smallest level
     bounded = b.op("Clip", b.op("Round", exact), b.constant(0, np.float64), b.constant(codes, np.float64))
-    levels = b.op("Mul", b.constant(_levels(node), np.float64), scale)
+    known = log_levels(
+        bits, node["numerator"], node["denominator"], round_table=node["round_table"], flush=node["flush"]
+    )
+    levels = b.op("Mul", b.constant(known.numpy(), np.float64), scale)
     found = b.op("Gather", levels, b.op("Cast", bounded, to=_INT64))
     value = b.op("Cast", found, to=int(x.dtype))
     return b.op("Where", b.op("IsNaN", x), x, value)
-
-
-def _levels(node: XfNode) -> np.ndarray:
-    """Return what each code stands for at scale 1, and then what lies below."""
-    steps = np.arange(2 ** node["bits"]) * node["numerator"]
-    table = log_table(node["bits"], node["denominator"], node["round_table"]).numpy()
-    levels = 0.5 ** (steps // node["denominator"]) * table[steps % node["denominator"]]
-    return np.append(levels, 0 if node["flush"] else levels[-1])
 
 
 FORMS = (Form("table_lookup", table_lookup, is_standard=True),)

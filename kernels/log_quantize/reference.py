@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["log_quantize", "log_table"]
+__all__ = ["log_levels", "log_quantize", "log_table"]
 
 
 def log_quantize(
@@ -43,17 +43,21 @@ def log_quantize(
 
     """
     clipped = x.clamp(torch.zeros_like(scale), scale)
-    last = 2**bits - 1
     # in double precision no platform's logarithm is far enough off to move a code
-    codes = (-(clipped.detach().double() / scale.double()).log2() * (denominator / numerator)).round()
-    steps = codes.clamp(0, last).long() * numerator
-    table = log_table(bits, denominator, round_table).to(x.device)
-    shifts = torch.exp2(-(steps // denominator).double())
-    value = (scale.double() * shifts * table[steps % denominator]).to(x.dtype)
-    if flush:
-        value = torch.where(codes > last, torch.zeros_like(value), value)
+    logs = (clipped.detach().double() / scale.double()).log2()
+    codes = (logs * (-denominator / numerator)).round().clamp(0, 2**bits).nan_to_num()
+    levels = log_levels(bits, numerator, denominator, round_table=round_table, flush=flush).to(x.device)
+    value = (levels * scale.double()).to(x.dtype)[codes.int()]
     value = torch.where(x.isnan(), x.detach(), value)
     return value + (clipped - clipped.detach()) if x.requires_grad else value
+
+
+def log_levels(bits: int, numerator: int, denominator: int, *, round_table: bool, flush: bool) -> torch.Tensor:
+    """Return what each code stands for at scale 1, and last what lies below them all, float64 ``[2^bits + 1]``."""
+    steps = torch.arange(2**bits) * numerator
+    table = log_table(bits, denominator, round_table)
+    levels = torch.exp2(-(steps // denominator).double()) * table[steps % denominator]
+    return torch.cat((levels, torch.zeros(1) if flush else levels[-1:]))
 
 
 def log_table(bits: int, denominator: int, round_table: bool) -> torch.Tensor:

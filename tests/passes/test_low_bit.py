@@ -124,6 +124,17 @@ def test_a_vision_transformer_on_the_target(
     assert stored == matrices * 6 // 8
 
 
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 8), (4, 4), (2, 4)])
+def test_other_widths_on_the_target(weight_bits: int, activation_bits: int) -> None:
+    options = f"weight_bits={weight_bits},activation_bits={activation_bits}"
+    result = parse_pass(f"quantize-low-bit{{{options}}}").run(block(), Context(calibration=images()))
+    artifact = lower(result.program, measure=False)
+    assert artifact.manifest.precision == f"int{weight_bits}-weights"
+    wanted, found = result.program.run(images()[0]), artifact.run(x=images()[0]["x"].numpy())
+    for name, value in wanted.items():
+        assert distance(value, torch.from_numpy(found[name])) < 0.05
+
+
 def test_plain_rounding_is_its_definition() -> None:
     program, batches = block(), images()
     result = parse_pass("quantize-low-bit{weight_bits=4,activation_bits=4}").run(program, Context(calibration=batches))

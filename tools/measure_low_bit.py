@@ -1,0 +1,197 @@
+"""What few bits cost on tasks: rounding to nearest, RepQuant and AdaLog at several widths, and int8 beside them.
+
+    python tools/measure_low_bit.py [TASK ...]      writes tools/results/low-bit.json
+
+Tasks are ``digits`` (all five folds together), ``retrieval`` and ``pycode``.  Every program is run by torch; the linear
+layers of int8 execute in integers on every target, fewer bits execute nowhere: weights are stored in them and computed
+in float, activations are simulated.  Intervals are of the difference to fp32, and of that to rounding at the same
+width, over the same items drawn in pairs.  A width that is in the file already is passed over, unless its task is
+named.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xformopt.capture.resolve import MINILM
+from xformopt.evaluation import calibration_of, judge, program_subject
+from xformopt.measure.machine import describe_machine
+from xformopt.measure.statistics import paired_difference
+from xformopt.models.tasks.task import Score, Task
+from xformopt.models.zoo import find_trained
+from xformopt.original import capture_original
+from xformopt.passes import parse_pass
+from xformopt.pipeline import Context, Pipeline
+from xformopt.program import Program
+from xformopt.tasks import task_for
+
+RESULTS = Path(__file__).parent / "results" / "low-bit.json"
+MODELS = {"digits": "digits-vit", "retrieval": MINILM, "pycode": "pycode-llama"}
+# bits of weights and activations; the last two are no common target, and show where the methods part
+WIDTHS = ((6, 6), (4, 8), (4, 4), (3, 3), (2, 3))
+ROUNDING = "rounding"
+METHODS = {ROUNDING: "quantize-low-bit", "repquant": "repquant", "adalog": "adalog"}
+# executed in integers: with ranges of activations as they come, and calibrated
+INT8 = {"int8": ("quantize-dynamic",), "int8 static": ("smooth-outliers", "quantize-static")}
+
+
+@dataclass
+class Case:
+    """One fold of a task, with the model that has not seen it."""
+
+    task: Task
+    exact: Program
+    eager: Score
+    calibration: list[dict[str, torch.Tensor]]
+
+
+@dataclass
+class Reached:
+    """What one method reached on all folds."""
+
+    scores: list[Score] = field(default_factory=list)
+    seconds: float = 0.0
+    notes: set[str] = field(default_factory=set)
+
+    @property
+    def items(self) -> torch.Tensor:
+        """The items of all folds."""
+        return torch.cat([score.items for score in self.scores])
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """What each item counts."""
+        return torch.cat([s.weights if s.weights is not None else torch.ones_like(s.items) for s in self.scores])
+
+    @property
+    def value(self) -> float:
+        """The mean over all items."""
+        return float((self.items * self.weights).sum() / self.weights.sum())
+
+
+def cases(name: str) -> list[Case]:
+    """Capture the model of every fold, run the exact recipe and judge the original."""
+    model = MODELS[name]
+    labels = [model]
+    if model != MINILM:
+        trained = find_trained(model)
+        labels = [trained.on_fold(fold).label for fold in range(trained.folds)]
+    found = []
+    for label in labels:
+        original = capture_original(label)
+        task = task_for(name, original.label)
+        calibration = calibration_of(task, original.program)
+        exact = Pipeline.recipe("exact").run(original.program, calibration=calibration).program
+        eager = judge(task, program_subject(original.program, label), None).score
+        found.append(Case(task, exact, eager, calibration))
+        print(f"{label}: fp32 {eager.value:.4f}", flush=True)
+    return found
+
+
+def run_passes(name: str, folds: Sequence[Case], passes: Sequence[str]) -> Reached:
+    """Quantize every fold's model and judge it."""
+    reached = Reached()
+    for fold in folds:
+        begin = time.perf_counter()
+        program = fold.exact
+        for text in passes:
+            result = parse_pass(text).run(program, Context(calibration=fold.calibration))
+            program = result.program
+            reached.notes |= {rejected.reason for rejected in result.rejected}
+        reached.seconds += time.perf_counter() - begin
+        reached.scores.append(judge(fold.task, program_subject(program, name), None).score)
+    print(f"{name}: {' '.join(passes)}: {reached.value:.4f} in {reached.seconds:.0f} s", flush=True)
+    return reached
+
+
+def describe(passes: Sequence[str], reached: Reached, fp32: Reached, rounding: Reached | None) -> dict[str, Any]:
+    """Return the JSON of one method at one width."""
+    return {
+        "passes": list(passes),
+        "value": reached.value,
+        "difference": reached.value - fp32.value,
+        "difference_ci95": interval(fp32, reached),
+        "over_rounding": None if rounding is None else reached.value - rounding.value,
+        "over_rounding_ci95": None if rounding is None else interval(rounding, reached),
+        "folds": [score.value for score in reached.scores],
+        "seconds_to_quantize": round(reached.seconds, 1),
+        "left_out": sorted(reached.notes),
+    }
+
+
+def interval(one: Reached, other: Reached) -> list[float] | None:
+    """Return the interval of the difference over items drawn in pairs."""
+    found = paired_difference(one.items.tolist(), other.items.tolist(), one.weights.tolist())
+    return None if found is None else [found.low, found.high]
+
+
+def measure(name: str, known: Mapping[str, Any]) -> None:
+    """Measure what is missing of a task; the file is written after every width."""
+    folds = cases(name)
+    fp32 = Reached([fold.eager for fold in folds])
+    task = folds[0].task
+    entry: dict[str, Any] = dict(known) or {
+        "model": MODELS[name],
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "count": len(fp32.items),
+        "fp32": fp32.value,
+        "widths": {},
+    }
+    if "int8" not in entry["widths"]:
+        entry["widths"]["int8"] = {
+            title: describe(passes, run_passes(name, folds, passes), fp32, None) for title, passes in INT8.items()
+        }
+        write(name, entry)
+    for weight_bits, activation_bits in WIDTHS:
+        label = f"W{weight_bits}A{activation_bits}"
+        if label in entry["widths"]:
+            continue
+        reached: dict[str, Reached] = {}
+        found: dict[str, Any] = {}
+        for method, kind in METHODS.items():
+            passes = (f"{kind}{{weight_bits={weight_bits},activation_bits={activation_bits}}}",)
+            reached[method] = run_passes(name, folds, passes)
+            found[method] = describe(passes, reached[method], fp32, None if method == ROUNDING else reached[ROUNDING])
+        entry["widths"][label] = found
+        write(name, entry)
+
+
+def measured() -> dict[str, Any]:
+    """Return what the file of results holds so far, by task."""
+    tasks: dict[str, Any] = json.loads(RESULTS.read_text())["tasks"] if RESULTS.exists() else {}
+    return tasks
+
+
+def write(name: str, entry: Mapping[str, Any]) -> None:
+    """Put a task into the file; another process may have measured another meanwhile."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    text = {
+        "schema": "xformopt/low-bit/1",
+        "machine": vars(describe_machine()),
+        "judged": "programs run by torch; below 8 bits weights are stored packed, activations are simulated",
+        "tasks": {**measured(), name: entry},
+    }
+    RESULTS.write_text(json.dumps(text, indent=1, default=str) + "\n")
+
+
+def main() -> None:
+    """Measure the tasks named on the command line anew, or what is missing of all."""
+    if unknown := [name for name in sys.argv[1:] if name not in MODELS]:
+        sys.exit(f"There is no task {unknown[0]!r}: name {', '.join(MODELS)}.")
+    for name in sys.argv[1:] or MODELS:
+        known = {} if name in sys.argv[1:] else measured().get(name, {})
+        if len(known.get("widths", {})) <= len(WIDTHS):
+            measure(name, known)
+
+
+if __name__ == "__main__":
+    main()
