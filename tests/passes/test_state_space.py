@@ -89,7 +89,7 @@ def test_sorting_changes_nothing_but_the_order(batches: list[dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "mamba"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_quantized_layers_run_on_the_target(kind: str, bits: int, batches: list[dict[str, torch.Tensor]]) -> None:
     result = run(kind, f"sort-state-channels; quantize-state-space{{weight_bits={bits},group=16}}", batches)
     record = result.history[-1]
