@@ -12,9 +12,11 @@ from xformopt.kernels.packing import PERIODS, packed_size
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["dequantize_groups"]
+__all__ = ["codebook_weight", "dequantize_groups", "unpacked"]
 
-_FLOAT, _EVERY_AXIS = 1, 0
+_FLOAT, _INT64, _EVERY_AXIS = 1, 7, 0
+# bytes whose number float32 holds exactly
+_EXACT_BYTES = 3
 
 
 def dequantize_groups(
@@ -44,16 +46,22 @@ def dequantize_groups(
     leading = [_EVERY_AXIS] * axes
     size = width // groups
     blocks = b.reshape(packed, *leading, groups, packed_size(size, bits))
-    codes = _unpacked(b, blocks, axes + 1, bits, size)
+    codes = unpacked(b, blocks, axes + 1, bits, size)
     if zero is None:
         shift = b.constant(np.float32(2 ** (bits - 1)))
     else:
-        shift = b.reshape(_unpacked(b, zero, axes, bits, groups), *leading, groups, 1)
+        shift = b.reshape(unpacked(b, zero, axes, bits, groups), *leading, groups, 1)
     values = b.op("Mul", b.op("Sub", codes, shift), b.reshape(scale, *leading, groups, 1))
     return b.reshape(values, *leading, width)
 
 
-def _unpacked(b: Builder, packed: ir.Value, axes: int, bits: int, count: int) -> ir.Value:
+def codebook_weight(b: Builder, packed: ir.Value, table: np.ndarray, *, bits: int, width: int) -> ir.Value:
+    """Return the matrix ``[O, width]`` of ``table[code]`` for packed codes ``[O, bytes]``."""
+    codes = b.op("Cast", unpacked(b, packed, 1, bits, width), to=_INT64)
+    return b.op("Gather", b.constant(table, np.float32), codes)
+
+
+def unpacked(b: Builder, packed: ir.Value, axes: int, bits: int, count: int) -> ir.Value:
     """Return ``count`` codes as float32, ``[..., count]``, from bytes with ``axes`` leading axes.
 
     All bytes of a period are one number, below 2^24 and so exact; code j is what its division by ``2^(bits j)`` leaves.
@@ -62,6 +70,10 @@ def _unpacked(b: Builder, packed: ir.Value, axes: int, bits: int, count: int) ->
     if bits == 8:
         return floats
     period, leading = PERIODS[bits], [_EVERY_AXIS] * axes
+    if period > _EXACT_BYTES:
+        digits = b.reshape(unpacked(b, packed, axes, 1, count * bits), *leading, count, bits)
+        codes = b.op("MatMul", digits, b.constant(2.0 ** np.arange(bits).reshape(-1, 1), np.float32))
+        return b.reshape(codes, *leading, count)
     if missing := -packed_size(count, bits) % period:
         floats = b.op("Pad", floats, b.constant([0] * (2 * axes + 1) + [missing], np.int64))
     parts = b.reshape(floats, *leading, -1, period)

@@ -11,9 +11,9 @@ import torch
 __all__ = ["PERIODS", "WIDTHS", "dequantize_groups", "pack", "packed_size", "unpack"]
 
 # bytes after which codes begin on a byte again, by the bits of a code
-PERIODS = {2: 1, 3: 3, 4: 1, 6: 3, 8: 1}
-# bits that a packed code may have
-WIDTHS = tuple(PERIODS)
+PERIODS = {1: 1, 2: 1, 3: 3, 4: 1, 5: 5, 6: 3, 8: 1}
+# bits of codes that stand for evenly spaced levels
+WIDTHS = (2, 3, 4, 6, 8)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -26,7 +26,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: uint8, ``[..., N]``.
-        bits: One of ``WIDTHS``.
+        bits: One of ``PERIODS``.
 
     Returns:
         uint8, ``[..., packed_size(N, bits)]``.
@@ -35,10 +35,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return codes.clone()
     count, period = codes.shape[-1], PERIODS[bits]
-    places = torch.arange(0, 8 * period, bits, dtype=torch.int32)
+    places = torch.arange(0, 8 * period, bits, dtype=torch.int64)
     grouped = torch.nn.functional.pad(codes, (0, -count % len(places))).unflatten(-1, (-1, len(places)))
-    words = (grouped.to(torch.int32) << places).sum(-1, keepdim=True, dtype=torch.int32)
-    found: torch.Tensor = words >> torch.arange(0, 8 * period, 8, dtype=torch.int32) & 255
+    words = (grouped.to(torch.int64) << places).sum(-1, keepdim=True, dtype=torch.int64)
+    found: torch.Tensor = words >> torch.arange(0, 8 * period, 8, dtype=torch.int64) & 255
     return found.flatten(-2)[..., : packed_size(count, bits)].to(torch.uint8)
 
 
@@ -47,10 +47,10 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 8:
         return packed[..., :count]
     period = PERIODS[bits]
-    starts = torch.arange(0, 8 * period, 8, dtype=torch.int32, device=packed.device)
+    starts = torch.arange(0, 8 * period, 8, dtype=torch.int64, device=packed.device)
     grouped = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % period)).unflatten(-1, (-1, period))
-    words = (grouped.to(torch.int32) << starts).sum(-1, keepdim=True, dtype=torch.int32)
-    places = torch.arange(0, 8 * period, bits, dtype=torch.int32, device=packed.device)
+    words = (grouped.to(torch.int64) << starts).sum(-1, keepdim=True, dtype=torch.int64)
+    places = torch.arange(0, 8 * period, bits, dtype=torch.int64, device=packed.device)
     codes: torch.Tensor = words >> places & 2**bits - 1
     return codes.flatten(-2)[..., :count].to(torch.uint8)
 

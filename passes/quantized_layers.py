@@ -20,9 +20,19 @@ from xformopt.pipeline.numeric import relative_l2, run_region
 from xformopt.program import Level, Program, interpret, path_of, valid_positions, value_of
 from xformopt.rewrite import Editor, Fired, Reject, rewrite
 
-__all__ = ["QuantizeLinears", "Replace", "check_weights", "is_skipped", "linear_layers", "refuse_repetition"]
+__all__ = [
+    "QuantizeLinears",
+    "Replace",
+    "check_weights",
+    "drift_between",
+    "is_skipped",
+    "linear_layers",
+    "measured_batches",
+    "quantize_layers",
+    "refuse_repetition",
+]
 
-_QUANTIZED = frozenset({"quantized_linear", "weight_only_linear"})
+_QUANTIZED = frozenset({"quantized_linear", "shift_linear", "ternary_linear", "weight_only_linear"})
 
 # returns the quantized layer without its activation, or why there is none
 Replace: TypeAlias = Callable[[Editor, LinearParts, fx.Node], "fx.Node | Reject"]
@@ -56,6 +66,33 @@ def refuse_repetition(program: Program, operators: Collection[str], what: str) -
         )
 
 
+def quantize_layers(
+    program: Program, replace_layer: Replace, skip: Sequence[str], kept: Mapping[str, str]
+) -> PassResult:
+    """Replace linear layers but those in ``skip``, and those in ``kept``, which gives the reasons by node name."""
+
+    def quantize_linear(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
+        if not is_call(node, xf.linear, xf.linear_activation):
+            return None
+        if is_skipped(node, skip):
+            return Reject("it is named in skip")
+        if node.name in kept:
+            return Reject(kept[node.name])
+        parts = linear_parts(editor, node)
+        if isinstance(parts, Reject):
+            return parts
+        product = replace_layer(editor, parts, operand(node))
+        if isinstance(product, Reject) or is_call(node, xf.linear):
+            return product
+        return editor.call(xf.activation, product, function=arguments(node)["function"])
+
+    done = rewrite(program, {"quantize-linear": quantize_linear}, sweeps=1)
+    if not done.fired:
+        return PassResult(program, False, (), done.rejected)
+    done.program.level = Level.TARGET
+    return PassResult(done.program, True, done.fired, done.rejected)
+
+
 @dataclass(frozen=True)
 class QuantizeLinears(Pass):
     """A pass that replaces linear layers by quantized ones.
@@ -84,41 +121,17 @@ class QuantizeLinears(Pass):
             refuse_repetition(program, _QUANTIZED, "linear layers")
         check_weights(program, layers)
         replace_layer = self.replacing(program, context, layers)
-        result = self._quantize(program, replace_layer, {})
+        result = quantize_layers(program, replace_layer, self.skip, {})
         if self.max_drift is None or not result.changed:
             return result
         return self._within(self.max_drift, program, context, replace_layer, result)
 
-    def _quantize(self, program: Program, replace_layer: Replace, kept: Mapping[str, str]) -> PassResult:
-        """Quantize all layers but those in ``kept``, which gives the reasons."""
-
-        def quantize_linear(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
-            if not is_call(node, xf.linear, xf.linear_activation):
-                return None
-            if is_skipped(node, self.skip):
-                return Reject("it is named in skip")
-            if node.name in kept:
-                return Reject(kept[node.name])
-            parts = linear_parts(editor, node)
-            if isinstance(parts, Reject):
-                return parts
-            product = replace_layer(editor, parts, operand(node))
-            if isinstance(product, Reject) or is_call(node, xf.linear):
-                return product
-            return editor.call(xf.activation, product, function=arguments(node)["function"])
-
-        done = rewrite(program, {"quantize-linear": quantize_linear}, sweeps=1)
-        if not done.fired:
-            return PassResult(program, False, (), done.rejected)
-        done.program.level = Level.TARGET
-        return PassResult(done.program, True, done.fired, done.rejected)
-
     def _within(
         self, limit: float, program: Program, context: Context, replace_layer: Replace, result: PassResult
     ) -> PassResult:
-        batches = _batches(program, context)
+        batches = measured_batches(program, context)
         wanted = [interpret(program, batch) for batch in batches]
-        drift = _drift(program, batches, wanted, result.program)
+        drift = drift_between(program, batches, wanted, result.program)
         if drift <= limit:
             return replace(result, notes=(f"all {len(result.fired)} layers quantized: drift {drift:.2e}",))
         errors = _layer_errors(program, batches[0], result.fired)
@@ -128,21 +141,21 @@ class QuantizeLinears(Pass):
         while enough - too_few > 1:
             count = (too_few + enough) // 2
             context.progress("finding sensitive layers", count, len(order))
-            tried = self._quantize(program, replace_layer, _reasons(order[:count], errors))
-            found = _drift(program, batches, wanted, tried.program)
+            tried = quantize_layers(program, replace_layer, self.skip, _reasons(order[:count], errors))
+            found = drift_between(program, batches, wanted, tried.program)
             if found <= limit:
                 enough, best, drift = count, tried, found
             else:
                 too_few = count
         if not best.changed:
-            best = self._quantize(program, replace_layer, _reasons(order, errors))
+            best = quantize_layers(program, replace_layer, self.skip, _reasons(order, errors))
             return replace(best, notes=(f"no layer can be quantized with a drift of at most {limit:.2e}",))
         note = f"{enough} of {len(order)} layers kept in floating point, the most sensitive ones: drift {drift:.2e}"
         return replace(best, notes=(note,))
 
 
 def check_weights(program: Program, layers: Sequence[fx.Node]) -> None:
-    """Raise PassError for a weight that holds NaN or infinite values."""
+    """Raise PassError when the weight of one of ``layers`` is not finite."""
     for node in layers:
         name = str(operand(node, 1).target)
         if not bool(program.parameters[name].isfinite().all()):
@@ -156,7 +169,8 @@ def _reasons(kept: Sequence[str], errors: Mapping[str, float]) -> dict[str, str]
     return {name: f"it is sensitive: quantized, its output is off by {errors[name]:.1e}" for name in kept}
 
 
-def _batches(program: Program, context: Context) -> list[_Batch]:
+def measured_batches(program: Program, context: Context) -> list[_Batch]:
+    """Return the batches on which drift is measured: two of calibration at most, or the example."""
     if context.calibration:
         return list(context.calibration[:2])
     if program.example_inputs:
@@ -167,9 +181,10 @@ def _batches(program: Program, context: Context) -> list[_Batch]:
     )
 
 
-def _drift(
+def drift_between(
     program: Program, batches: Sequence[_Batch], wanted: Sequence[Mapping[str, torch.Tensor]], changed: Program
 ) -> float:
+    """Return how far the outputs of ``changed`` are from ``wanted``, those of ``program``: the worst relative L2."""
     values = {spec.name: value_of(node) for spec, node in zip(program.outputs, program.results, strict=True)}
     worst = 0.0
     for batch, reference in zip(batches, wanted, strict=True):
@@ -185,12 +200,15 @@ class _LayerErrors:
     """Runs each quantized layer on the values that reach the original one."""
 
     fired: Mapping[str, Fired]
+    # a layer behind a quantized one reads what replaced it: what that was called before
+    original: Mapping[str, str]
     values: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
     def observe(self, node: fx.Node, value: Any) -> None:
         if (fired := self.fired.get(node.name)) is not None:
-            found = run_region(fired.after, {name: self.values[name] for name in fired.after.inputs})
+            given = {name: self.values[self.original.get(name, name)] for name in fired.after.inputs}
+            found = run_region(fired.after, given)
             self.errors[node.name] = relative_l2(value, found[fired.after.outputs[0]])
         if any(user.name in self.fired for user in node.users):
             self.values[node.name] = value
@@ -201,6 +219,7 @@ class _LayerErrors:
 
 def _layer_errors(program: Program, batch: _Batch, fired: Sequence[Fired]) -> dict[str, float]:
     """Return how far each layer's output is off when it alone is quantized."""
-    found = _LayerErrors({rewritten.before.outputs[0]: rewritten for rewritten in fired})
+    names = {rewritten.after.outputs[0]: rewritten.before.outputs[0] for rewritten in fired}
+    found = _LayerErrors({rewritten.before.outputs[0]: rewritten for rewritten in fired}, names)
     interpret(program, batch, observe=found.observe)
     return found.errors

@@ -19,6 +19,7 @@ from xformopt.comparison import (
     check_target,
     compare,
     measured_speedup,
+    measured_times,
     unique_names,
 )
 from xformopt.errors import MeasurementError
@@ -177,6 +178,7 @@ def optimize(
         seed=seed,
         assume=assume,
         measure=(lambda before, after: measured_speedup(before, after, target, inputs, settings)) if measures else None,
+        time=lambda programs: measured_times(programs, target, threads=threads),
         observe=observe,
         progress=progress,
     )

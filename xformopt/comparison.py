@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import fx
 from xformopt.analysis.cost import cost
 from xformopt.benchmark import BenchSettings, Candidate, Progress, run_bench
 from xformopt.errors import ArtifactError, LoweringError, MeasurementError, UsageError
-from xformopt.program import Program, save_program, valid_positions
+from xformopt.program import Program, example_sizes, sample_inputs, save_program, valid_positions
 
 if TYPE_CHECKING:
     from xformopt.lowering.artifact import Artifact
@@ -29,6 +30,7 @@ __all__ = [
     "check_target",
     "compare",
     "measured_speedup",
+    "measured_times",
     "onnx_candidate",
     "onnx_inputs",
     "unique_names",
@@ -174,6 +176,31 @@ def measured_speedup(
             raise MeasurementError(f'The program {run.name} the pass could not be timed on "{target}": {run.error}')
     speedup = report.runs[1].speedup
     return (speedup.ci95 or (speedup.ratio, speedup.ratio)) if speedup else (0.0, float("inf"))
+
+
+def measured_times(programs: Mapping[str, Program], target: str, *, threads: int | None = None) -> dict[str, float]:
+    """Lower small programs by default forms and return their median milliseconds, rounds interleaved in this process.
+
+    Args:
+        programs: By name; each runs on inputs drawn at the sizes of its example.
+        target: What to lower to.
+        threads: Of every session; None takes torch's own number.
+
+    Raises:
+        LoweringError: one of them cannot be lowered.
+        MeasurementError: one of them cannot be run.
+
+    """
+    from xformopt.lowering import lower, open_runner
+    from xformopt.measure.timing import time_interleaved
+
+    artifacts = {name: lower(program, target, measure=False) for name, program in programs.items()}
+    calls = {}
+    for name, artifact in artifacts.items():
+        runner = open_runner(target, artifact.folder, threads=threads or torch.get_num_threads())
+        arrays = _arrays(sample_inputs(programs[name], example_sizes(programs[name])))
+        calls[name] = partial(runner.run, arrays)
+    return {name: samples.median_ms for name, samples in time_interleaved(calls).items()}
 
 
 def onnx_inputs(path: Path, batch: int | None, length: int | None, *, seed: int = 0) -> dict[str, torch.Tensor]:

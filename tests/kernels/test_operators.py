@@ -273,6 +273,7 @@ CASES = [
 # these have a test file of their own
 ATTENTION = {"attention", "attention_weights", "attention_values"}
 SIMULATED = {"fake_quantize", "log_quantize"}
+FEW_LEVELS = {"block_parameter", "shift_linear", "ternary_linear", "ternary_weight"}
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 
@@ -342,7 +343,7 @@ def test_every_operator_has_a_case() -> None:
         "attention",
         "attention_weights",
         "attention_values",
-    } | RECURRENT | SIMULATED == set(load_operators())
+    } | RECURRENT | SIMULATED | FEW_LEVELS == set(load_operators())
 
 
 def test_every_folder_defines_its_operator_once() -> None:

@@ -151,6 +151,12 @@ param %t3: f32[24,3]
 param %z3: u8[40,2]
 param %z6: u8[40,1]
 param %z2: u8[24,1]
+param %h5: u8[40,60]
+param %h6: u8[40,72]
+param %n5: u8[40,14]
+param %h1: u8[40,12]
+param %h2: u8[40,24]
+param %s0: f32[1]
 param %e4: u8[40,48]
 param %e8: u8[40,96]
 %o0: f32[batch,length,40] = xf.quantized_linear(%x, %w, %s, %b)
@@ -169,11 +175,22 @@ param %e8: u8[40,96]
 %o13: f32[batch,length,40] = xf.weight_only_linear(%x, %w6, %s1, %z6, %b) {bits=6}
 %narrow: f32[batch,length,21] = aten.slice.Tensor(%x) {dim=2, end=21}
 %o14: f32[batch,length,24] = xf.weight_only_linear(%narrow, %w2, %t3, %z2) {bits=2}
+%o15: f32[batch,length,40] = xf.shift_linear(%x, %h5) {bits=5, top=-2}
+%o16: f32[batch,length,40] = xf.shift_linear(%x, %h6, %b) {bits=6, top=0}
+%o17: f32[batch,length,40] = xf.shift_linear(%narrow, %n5) {bits=5, top=1}
+%o18: f32[batch,length,40] = xf.ternary_linear(%x, %h1, %s, %b) {bits=1}
+%o19: f32[batch,length,40] = xf.ternary_linear(%x, %h2, %s0) {bits=2}
 """
     + "return "
-    + ", ".join(f"o{i}=%o{i}" for i in range(15))
+    + ", ".join(f"o{i}=%o{i}" for i in range(20))
 )
-QUANTIZED_OPERATORS = ("quantized_linear", "weight_only_linear", "quantized_embedding")
+QUANTIZED_OPERATORS = (
+    "quantized_linear",
+    "weight_only_linear",
+    "quantized_embedding",
+    "shift_linear",
+    "ternary_linear",
+)
 APART = ("attention", *QUANTIZED_OPERATORS)
 
 
@@ -188,6 +205,7 @@ def quantized_parameters() -> dict[str, torch.Tensor]:
 
     shapes = {"w4": (40, 3, 16), "w8": (40, 3, 32), "w12": (40, 8, 12), "e4": (40, 48), "e8": (40, 96)}
     shapes |= {"w3": (40, 3, 12), "w6": (40, 1, 72), "w2": (24, 3, 2)}
+    shapes |= {"h5": (40, 60), "h6": (40, 72), "n5": (40, 14), "h1": (40, 12), "h2": (40, 24)}
     shapes |= {"z3": (40, 2), "z6": (40, 1), "z2": (24, 1), "z4": (40, 2), "z8": (40, 3)}
     return {
         "w": torch.randint(-127, 128, (40, 96), generator=generator, dtype=torch.int8),
@@ -198,7 +216,14 @@ def quantized_parameters() -> dict[str, torch.Tensor]:
         **{name: byte(*shape) for name, shape in shapes.items()},
         **{
             name: steps(*shape)
-            for name, shape in {"s": (40,), "s1": (40, 1), "s3": (40, 3), "t3": (24, 3), "s8": (40, 8)}.items()
+            for name, shape in {
+                "s": (40,),
+                "s0": (1,),
+                "s1": (40, 1),
+                "s3": (40, 3),
+                "t3": (24, 3),
+                "s8": (40, 8),
+            }.items()
         },
     }
 

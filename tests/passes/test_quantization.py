@@ -94,7 +94,7 @@ def test_gptq_moves_what_is_left_by_the_inverse_hessian() -> None:
     assert losses[0] < 0.8 * losses[1]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 def test_unpacking_is_the_inverse_of_packing(bits: int, count: int) -> None:
     codes = torch.randint(0, 2**bits, (3, 5, count), dtype=torch.uint8)

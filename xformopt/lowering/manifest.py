@@ -39,7 +39,13 @@ FILE_NAME = "artifact.json"
 _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 # what is stored in few bits and computed in float
-_STORED = {"weight_only_linear": "linear layers", "quantized_embedding": "tables of embeddings"}
+_STORED = {
+    "weight_only_linear": "linear layers",
+    "shift_linear": "linear layers with powers of two",
+    "ternary_linear": "linear layers with two or three values",
+    "quantized_embedding": "tables of embeddings",
+    "block_parameter": "parameters",
+}
 # what rounds a value to few levels that stay floats
 _SIMULATED = frozenset({"fake_quantize", "log_quantize"})
 
@@ -156,12 +162,20 @@ def specs_of(program: Program) -> dict[str, Any]:
 def precision_of(program: Program) -> str:
     """Name what the linear layers execute in, or else the narrowest way that weights are stored in.
 
-    ``int8``: integer products.  ``int4-weights``, ``int8-weights``: stored in so many bits, computed in float.
+    ``int8``: integer products.  ``int4-weights`` and its like: stored in so many bits, computed in float;
+    ``shift5-weights`` where those are powers of two.
     Otherwise the narrowest floating-point type among the weights, ``fp32`` where there are none.
     """
     arithmetic = arithmetic_of(program)
-    stored = {int(str(node.kwargs["bits"])) for defined, node in _xf_nodes(program) if defined.name in _STORED}
-    return f"int{min(stored)}-weights" if stored and arithmetic != "int8" else arithmetic
+    stored = {
+        (int(str(node.kwargs["bits"])), "shift" if defined.name == "shift_linear" else "int")
+        for defined, node in _xf_nodes(program)
+        if defined.name in _STORED
+    }
+    if not stored or arithmetic == "int8":
+        return arithmetic
+    bits, kind = min(stored)
+    return f"{kind}{bits}-weights"
 
 
 def arithmetic_of(program: Program) -> str:
@@ -185,6 +199,8 @@ def execution_of(program: Program) -> dict[str, int]:
             counted[f"{_STORED[defined.name]} stored in {node.kwargs['bits']} bits, computed in float"] += 1
         elif defined.name in _SIMULATED:
             counted[f"activations in {node.kwargs['bits']} bits, simulated in float"] += 1
+        elif defined.name == "ternary_weight":
+            counted[f"weights in {node.kwargs['bits']} bits, simulated in float"] += 1
         elif defined.name in ("linear", "linear_activation"):
             counted["linear layers in float"] += 1
     return dict(sorted(counted.items()))

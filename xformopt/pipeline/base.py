@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
@@ -29,6 +29,7 @@ class Context:
         seed: Seed of everything random.
         assume: Facts the user vouches for, such as ``no-padding``.
         progress: Called with (what, done, total).
+        time: Returns the milliseconds that programs take on the target, each by its name; None where nobody measures.
     """
 
     calibration: Sequence[dict[str, torch.Tensor]] = ()
@@ -36,6 +37,7 @@ class Context:
     seed: int = 0
     assume: frozenset[str] = frozenset()
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    time: Callable[[Mapping[str, Program]], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
