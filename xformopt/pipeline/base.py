@@ -29,6 +29,9 @@ class Context:
         seed: Seed of everything random.
         assume: Facts the user vouches for, such as ``no-padding``.
         progress: Called with (what, done, total).
+        measure: Returns the interval of the speed-up of the second program over the first, on the target; None where
+            nothing can be timed.
+        score: Returns what a program reaches on the user's task, higher is better; None where there is no task.
     """
 
     calibration: Sequence[dict[str, torch.Tensor]] = ()
@@ -36,6 +39,8 @@ class Context:
     seed: int = 0
     assume: frozenset[str] = frozenset()
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    measure: Callable[[Program, Program], tuple[float, float]] | None = None
+    score: Callable[[Program], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ class Pipeline:
         seed: int = 0,
         assume: Iterable[str] = (),
         measure: Callable[[Program, Program], tuple[float, float]] | None = None,
+        score: Callable[[Program], float] | None = None,
         observe: Callable[[Record, Program], None] | None = None,
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> PipelineResult:
@@ -122,6 +123,7 @@ class Pipeline:
             seed: Seed of everything random.
             assume: Facts the caller vouches for, such as ``no-padding``.
             measure: Returns the interval of the speed-up of the second program over the first, on the target.
+            score: Returns what a program reaches on held-out data of the task, higher is better, for passes that ask.
             observe: Called after every pass with its record and the program it left.
             progress: Called with (what, done, total).
 
@@ -135,7 +137,7 @@ class Pipeline:
         batches = tuple(dict(batch) for batch in calibration)
         for batch in batches:
             program.bind(batch)
-        context = Context(batches, target, seed, assumed, progress)
+        context = Context(batches, target, seed, assumed, progress, measure, score)
         steps: list[Pass] = [*([Lift()] if program.level == Level.CAPTURED else []), *self.passes]
         run = _Run(self, context, measure, program, edge_cases(program, batches, seed=seed))
         for index, step in enumerate(steps):
