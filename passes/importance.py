@@ -190,7 +190,7 @@ def taylor(
             logits = answer_logits(program, masked.run(batch), batch)
             for draw in range(_DRAWS):
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-                logits.log_softmax(-1).gather(1, drawn).sum().backward(retain_graph=draw + 1 < _DRAWS)  # type: ignore[no-untyped-call]
+                logits.log_softmax(-1).gather(1, drawn).sum().backward(retain_graph=draw + 1 < _DRAWS)
                 for index, gradient in masked.gradients().items():
                     found[groups[index]] += gradient.double().square().sum(0)
     return found

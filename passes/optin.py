@@ -110,8 +110,8 @@ class _Trial:
         factors = torch.stack([(~torch.isin(units, unit)).to(value.dtype) for unit in masked])  # [M, C]
         inputs = (value.unsqueeze(0) * factors.reshape(len(masked), *[1] * (value.dim() - 1), -1)).flatten(0, 1)
         given = arguments(linear)
-        weight, bias = (self.replay.values[given[name]] if given[name] is not None else None for name in _PARTS)
-        output = functional.linear(inputs, weight, bias)
+        bias = self.replay.values[given["bias"]] if given["bias"] is not None else None
+        output = functional.linear(inputs, self.replay.values[given["weight"]], bias)
         own = next((node for node in self.stream if node > linear), None)
         later = [node for node in self.stream if own is not None and node > own]
         wanted = [*later, *self.program.results]
@@ -145,6 +145,3 @@ class _Trial:
         ]
         logits = torch.stack([answer_logits(self.program, run, self.replay.batch) for run in runs])
         return (logits / _TEMPERATURE).log_softmax(-1)
-
-
-_PARTS = ("weight", "bias")

@@ -51,15 +51,17 @@ def unit_costs(program: Program, groups: Sequence[Group], budget: Budget) -> dic
     """Return what one unit of each group costs: of FLOPs, what its operators save when half of the units go."""
     if budget == "parameters":
         return {group: _parameters_of_unit(program, group) for group in groups}
-    halves = {group: torch.arange(group.units) < (group.units + 1) // 2 for group in groups}
-    smaller = {node.name: node.flops for node in cost(remove_units(program, halves)).by_node}
-    saved = {node.name: node.flops - smaller[node.name] for node in cost(program).by_node}
+    before = {node.name: node.flops for node in cost(program).by_node}
     readers = {node.name: {value.name for value in node.all_input_nodes} for node in program.nodes()}
-    found = {}
-    for group in groups:
-        axes = {name for name, _ in group.values}
-        touched = sum(count for name, count in saved.items() if name in axes or readers[name] & axes)
-        found[group] = touched / max(1, group.units // 2)
+    found: dict[Group, float] = {}
+    # the residual width is read and written by what the others are between: apart, each saves all that it can
+    for part in ([g for g in groups if g.kind == "width"], [g for g in groups if g.kind != "width"]):
+        halves = {group: torch.arange(group.units) < (group.units + 1) // 2 for group in part}
+        after = {node.name: node.flops for node in cost(remove_units(program, halves)).by_node}
+        for group in part:
+            axes = {name for name, _ in group.values}
+            saved = sum(before[name] - after[name] for name in before if name in axes or readers[name] & axes)
+            found[group] = saved / max(1, group.units // 2)
     return found
 
 

@@ -1,10 +1,13 @@
-"""Remove attention heads and FFN units, in one shot, until a budget is met.
+"""Remove attention heads, FFN units and residual channels, in one shot, until a budget is met.
 
     y = sum over units u of W_out[:, u] f(W_in[u] x)    ->    the same sum over the units that stay
 
 The shapes of all coupled weights shrink; ``heads`` follows.  What stays is what a criterion finds important
 (``importance.py``, ``optin.py``), chosen under the budget (``unit_selection.py``); the layers that read it are refitted
 by least squares (``least_squares.py``).  **Approximate**, without training.
+
+Heads and FFN units that go are as if they answered zero.  A residual channel that goes is no longer part of what the
+norms take their statistics of, either.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from xformopt.passes.removal import remove_units
 from xformopt.passes.unit_scores import score_units
 from xformopt.passes.unit_selection import Allocation, Budget, Selection, meet_budget, unit_costs, used
 from xformopt.pipeline import Context, Effect, Pass, PassResult
-from xformopt.program import Program
+from xformopt.program import Program, shape_of
 from xformopt.rewrite import Rejected
 
 __all__ = ["PruneUnits"]
@@ -31,13 +34,13 @@ __all__ = ["PruneUnits"]
 
 @dataclass(frozen=True)
 class PruneUnits(Pass):
-    """Remove attention heads and FFN units until a budget is met.
+    """Remove attention heads, FFN units or residual channels until a budget is met.
 
     Attributes:
         remove: The share of the budgeted quantity to remove, between 0 and 1.
         budget: What is budgeted: flops, at the example shape; parameters; latency, measured on the target.
         importance: What the units are worth: optin, taylor, wanda or magnitude.
-        targets: What may go: heads, hidden (FFN units), or both.
+        targets: What may go: heads, hidden (FFN units), width (channels of the residual stream; not with optin).
         multiple: Of channels that are left where units are removed: 1, 8, 16 or 32.
         allocation: global: all layers compete; layerwise: every layer loses the same share.
         reconstruct: Refit the layers that read what is left, by least squares on calibration data.
@@ -48,7 +51,7 @@ class PruneUnits(Pass):
     remove: float = 0.4
     budget: Budget = "flops"
     importance: Importance = "optin"
-    targets: tuple[Literal["heads", "hidden"], ...] = ("heads", "hidden")
+    targets: tuple[Literal["heads", "hidden", "width"], ...] = ("heads", "hidden")
     multiple: int = 8
     allocation: Allocation = "global"
     reconstruct: bool = True
@@ -68,7 +71,9 @@ class PruneUnits(Pass):
         if self.multiple not in (1, 8, 16, 32):
             raise ValueError(f"multiple must be 1, 8, 16 or 32, but is {self.multiple}")
         if not self.targets:
-            raise ValueError("targets must name heads, hidden, or both")
+            raise ValueError("targets must name heads, hidden or width, or several of them")
+        if "width" in self.targets and self.importance == "optin":
+            raise ValueError("optin masks heads and FFN units; for width, choose importance=taylor, wanda or magnitude")
         if self.together < 1:
             raise ValueError(f"together must be at least 1, but is {self.together}")
 
@@ -84,9 +89,7 @@ class PruneUnits(Pass):
         kept = meet_budget(program, selection, self.remove, self.budget, context)
         result = remove_units(program, kept)
         if self.reconstruct:
-            position = {node.name: index for index, node in enumerate(program.graph.nodes)}
-            layers = sorted((name for group in kept for name in group.consumers), key=position.__getitem__)
-            result = refit(program, result, layers, context.calibration, context.progress)
+            result = refit(program, result, _readers(program, result, kept), context.calibration, context.progress)
         notes = (*self._notes(program, result, groups, kept), *_lone_survivors(groups, kept))
         return PassResult(result, True, (), tuple(rejected), notes)
 
@@ -138,6 +141,13 @@ class PruneUnits(Pass):
         return tuple(notes)
 
 
+def _readers(before: Program, after: Program, kept: Mapping[Group, torch.Tensor]) -> list[str]:
+    """Return the linear layers that lost inputs and no outputs, in execution order."""
+    reading = {name for group in kept for name in group.consumers}
+    whole = {node.name: shape_of(before, node) for node in before.nodes() if node.name in reading}
+    return [node.name for node in after.nodes() if node.name in whole and shape_of(after, node) == whole[node.name]]
+
+
 def _lone_survivors(groups: Sequence[Group], kept: Mapping[Group, torch.Tensor]) -> tuple[str, ...]:
     """Say which layers would have lost every head: the best one stays, a whole sublayer is another pass's to remove."""
     alone = [group for group in groups if group.kind == "heads" and group in kept and int(kept[group].sum()) == 1]
@@ -149,4 +159,5 @@ def _lone_survivors(groups: Sequence[Group], kept: Mapping[Group, torch.Tensor])
 _LOOKED_FOR = {
     "heads": "heads of xf.attention whose output a linear layer reads",
     "hidden": "units between linear layers with an activation or a gate",
+    "width": "channels that residual sums share",
 }
