@@ -25,7 +25,6 @@ from xformopt.errors import DataError
 from xformopt.match import arguments, is_call, operand
 from xformopt.passes.importance import valid_rows
 from xformopt.program import Program, interpret, path_of
-from xformopt.rewrite import Editor
 
 __all__ = ["refit"]
 
@@ -45,7 +44,7 @@ def refit(
     *,
     ridge: float = 1e-2,
 ) -> Program:
-    """Return ``pruned`` with the named linear layers refitted; layers that share their weight stay.
+    """Return ``pruned`` with the named linear layers refitted; layers that share a parameter stay.
 
     Args:
         original: The program before the removal.
@@ -68,7 +67,7 @@ def refit(
     for done, name in enumerate(layers):
         progress("refitting layers", done, len(layers))
         linear = next(node for node in result.graph.nodes if node.name == name)
-        if len(operand(linear, 1).users) == 1 and operand(linear, 1).op == "get_attr":
+        if all(value.op == "get_attr" and len(value.users) == 1 for value in linear.all_input_nodes[1:]):
             moments = _collect(original, result, linear, batches)
             _replace(result, linear, moments, ridge)
     return result
@@ -163,11 +162,6 @@ def _replace(program: Program, linear: fx.Node, moments: _Moments, ridge: float)
             f"The calibration data does not determine the weight of {path_of(linear) or linear.name}: its inputs are "
             f"constant or not finite. Give more varied data, or set reconstruct=false."
         )
-    editor = Editor(program).at(linear)
-    arguments_ = [editor.parameter(name, fitted.to(weight.dtype).contiguous())]
+    program.parameters[name] = fitted.to(weight.dtype).contiguous()
     if bias is not None:
-        shift = (means[1] - fitted @ means[0]).to(bias.dtype)
-        arguments_.append(editor.parameter(str(given["bias"].target), shift))
-    for position, value in enumerate(arguments_):
-        linear.update_arg(1 + position, value)
-    program.drop_unused()
+        program.parameters[str(given["bias"].target)] = (means[1] - fitted @ means[0]).to(bias.dtype)

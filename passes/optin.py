@@ -123,7 +123,7 @@ class _Trial:
         outputs = dict(zip(self.program.output_names, (found[node] for node in self.program.results), strict=True))
         student = self._soft(outputs, len(masked))  # [M, N, classes]
         divergence = (self.teacher.exp() * (self.teacher - student)).sum((1, 2)) / student.shape[1]
-        return torch.stack([manifold, divergence.double() * _TEMPERATURE**2])
+        return torch.stack([manifold, divergence * _TEMPERATURE**2])
 
     def _sample(self, node: fx.Node) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -144,4 +144,4 @@ class _Trial:
             for run in range(count)
         ]
         logits = torch.stack([answer_logits(self.program, run, self.replay.batch) for run in runs])
-        return (logits / _TEMPERATURE).log_softmax(-1)
+        return (logits.double() / _TEMPERATURE).log_softmax(-1)
