@@ -4,9 +4,9 @@
     wanda        |W_ij| * ||X_j|| summed over what the unit's channels j feed (Sun et al., arXiv 2306.11695, by columns)
     taylor       the first-order change of the answer when the unit is masked, squared: with m = 1 a factor on the
                  unit's channels, the mean over samples of (dL/dm)^2 (Molchanov et al., arXiv 1611.06440; Kwon et al.,
-                 arXiv 2204.09656).  There are no labels: L is the log-likelihood of an answer that is drawn from the
-                 model's own softmax, so that the mean is the leading term of the divergence of the masked model from
-                 the whole one
+                 arXiv 2204.09656).  There are no labels: L is the log-likelihood of an answer that the model draws
+                 itself (``answers.py``), so that the mean is the leading term of the divergence of the masked model
+                 from the whole one
     optin        the change of later layers, measured; see ``optin.py``
 
 Activations are those where a linear layer reads the group, on calibration data without padding.
@@ -24,19 +24,18 @@ from torch import fx
 from xformopt.analysis.coupling import Group
 from xformopt.errors import DataError
 from xformopt.match import operand
-from xformopt.program import Program, interpret, valid_positions
+from xformopt.passes.answers import answer_of, valid_rows
+from xformopt.program import Program, interpret
 from xformopt.program.interpret import call
 
 __all__ = [
     "Importance",
     "Scores",
     "activation_energy",
-    "answer_logits",
     "magnitude",
     "read_values",
     "require_batches",
     "taylor",
-    "valid_rows",
     "wanda",
 ]
 
@@ -75,7 +74,7 @@ def activation_energy(
 
     def observe(node: fx.Node, value: Any) -> None:
         if node.name in wanted:
-            rows = valid_rows(program, node, value, batch).double()
+            rows = valid_rows(program, node.meta["val"], value, batch).double()
             found[node.name] = found.get(node.name, 0) + rows.square().sum(0)
 
     wanted = set(names)
@@ -92,14 +91,6 @@ def require_batches(batches: Sequence[_Batch]) -> None:
             "What a unit is worth is measured on calibration data, and there is none. Give some with --calibration (or "
             "calibration=... in Python), or choose importance=magnitude, which needs none."
         )
-
-
-def valid_rows(program: Program, node: fx.Node, value: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """Return the valid positions of ``[..., C]`` as rows ``[N, C]``."""
-    valid = valid_positions(program, node.meta["val"], batch)
-    if valid is not None and valid.shape[-1] == 1:
-        value = value[valid.expand(*value.shape[:-1], 1).squeeze(-1)]
-    return value.reshape(-1, value.shape[-1])
 
 
 def read_values(program: Program, group: Group) -> list[tuple[fx.Node, fx.Node, torch.Tensor]]:
@@ -187,21 +178,10 @@ def taylor(
     for number, batch in enumerate(batches):
         progress("differentiating", number, len(batches))
         with torch.enable_grad():
-            logits = answer_logits(program, masked.run(batch), batch)
+            answer = answer_of(program, masked.run(batch), batch)
             for draw in range(_DRAWS):
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-                logits.log_softmax(-1).gather(1, drawn).sum().backward(retain_graph=draw + 1 < _DRAWS)
+                likelihood = answer.log_likelihood_of_draws(generator)
+                likelihood.backward(retain_graph=draw + 1 < _DRAWS)
                 for index, gradient in masked.gradients().items():
                     found[groups[index]] += gradient.double().square().sum(0)
     return found
-
-
-def answer_logits(program: Program, outputs: Mapping[str, torch.Tensor], batch: _Batch) -> torch.Tensor:
-    """Return the first floating-point output on valid positions as rows of logits, ``[N, classes]``.
-
-    An output that holds no logits, such as an embedding, is taken for them: it is its own description then.
-    """
-    for spec, node in zip(program.outputs, program.results, strict=True):
-        if outputs[spec.name].is_floating_point():
-            return valid_rows(program, node, outputs[spec.name], batch)
-    raise DataError(f"The program {program.name!r} returns no floating-point value, so that no change can be measured.")

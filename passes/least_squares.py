@@ -23,7 +23,7 @@ from torch import fx
 
 from xformopt.errors import DataError
 from xformopt.match import arguments, is_call, operand
-from xformopt.passes.importance import valid_rows
+from xformopt.passes.answers import valid_rows
 from xformopt.program import Program, interpret, path_of
 
 __all__ = ["refit"]
@@ -109,7 +109,8 @@ def _collect(original: Program, pruned: Program, linear: fx.Node, batches: Seque
         target = known[stream.name]
         if arrives is not None:
             target = target - found[arrives.name]
-        moments.add(valid_rows(pruned, source, found[source.name], batch), valid_rows(pruned, linear, target, batch))
+        rows = valid_rows(pruned, source.meta["val"], found[source.name], batch)
+        moments.add(rows, valid_rows(pruned, linear.meta["val"], target, batch))
     return moments
 
 

@@ -3,9 +3,9 @@
     score(m) = sum over later layers j of ||G(F_j) - G(F_j^-m)||^2  +  lambda T^2 KL(p || p^-m)
 
 F_j are the tokens of the residual stream behind a later sublayer, of which a random sample is taken; G(F) = F~ F~^T
-with the tokens at length one; p the softmax of the outputs at temperature T = 4.  lambda makes the first term ten
-times the second in the mean.  No gradients: one forward pass for each unit, from the unit's layer on, several units
-at a time.
+with the tokens at length one; p the answer (``answers.py``), a softmax at temperature T = 4.  lambda makes the first
+term ten times the second in the mean.  No gradients: one forward pass for each unit, from the unit's layer on, several
+units at a time.  Where several layers read a unit, it is masked in one after the other, and the scores add up.
 
 Khaki and Plataniotis, ICLR 2024, arXiv 2403.17921.
 """
@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from xformopt.analysis.coupling import Group, find_groups
 from xformopt.match import arguments
-from xformopt.passes.importance import Scores, answer_logits, read_values, require_batches, valid_rows
+from xformopt.passes.answers import Answer, answer_of, valid_rows
+from xformopt.passes.importance import Scores, read_values, require_batches
 from xformopt.passes.replay import Replay
 from xformopt.program import Program
 
@@ -87,7 +88,7 @@ class _Trial:
     def __post_init__(self) -> None:
         self.samples = {node: self._sample(node) for node in self.stream}
         self.reference = {node: self._gram(node, self.replay.values[node], 1) for node in self.stream}
-        self.teacher = self._soft(self.replay.outputs, 1)
+        self.teacher = answer_of(self.program, self.replay.outputs, self.replay.batch)
 
     def measure(self, group: Group, sets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return both terms for every unit of a group, float64 ``[units]``."""
@@ -121,27 +122,26 @@ class _Trial:
             gram = self._gram(node, found[node], len(masked))
             manifold += (gram - self.reference[node]).double().square().sum((1, 2))
         outputs = dict(zip(self.program.output_names, (found[node] for node in self.program.results), strict=True))
-        student = self._soft(outputs, len(masked))  # [M, N, classes]
-        divergence = (self.teacher.exp() * (self.teacher - student)).sum((1, 2)) / student.shape[1]
-        return torch.stack([manifold, divergence * _TEMPERATURE**2])
+        divergence = self.teacher.divergence(self._answers(outputs, len(masked)), _TEMPERATURE)
+        return torch.stack([manifold, divergence])
 
     def _sample(self, node: fx.Node) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        rows = valid_rows(self.program, node, self.replay.values[node], self.replay.batch)
+        rows = valid_rows(self.program, node.meta["val"], self.replay.values[node], self.replay.batch)
         return torch.randperm(len(rows), generator=generator)[:_TOKENS]
 
     def _gram(self, node: fx.Node, value: torch.Tensor, count: int) -> torch.Tensor:
         """Return the products of the sampled tokens of each of ``count`` runs, ``[count, N, N]``."""
         parts = value.reshape(count, -1, *value.shape[1:])
-        rows = torch.stack([valid_rows(self.program, node, part, self.replay.batch) for part in parts])
+        rows = torch.stack([valid_rows(self.program, node.meta["val"], part, self.replay.batch) for part in parts])
         tokens = functional.normalize(rows[:, self.samples[node]], dim=-1)
         return tokens @ tokens.transpose(1, 2)
 
-    def _soft(self, outputs: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
-        """Return log-probabilities of the outputs at the temperature, ``[count, N, classes]``."""
+    def _answers(self, outputs: Mapping[str, torch.Tensor], count: int) -> Answer:
+        """Return the answers of each of ``count`` runs, ``[count, N, C]``."""
         runs = [
             {name: value.reshape(count, -1, *value.shape[1:])[run] for name, value in outputs.items()}
             for run in range(count)
         ]
-        logits = torch.stack([answer_logits(self.program, run, self.replay.batch) for run in runs])
-        return (logits.double() / _TEMPERATURE).log_softmax(-1)
+        rows = torch.stack([answer_of(self.program, run, self.replay.batch).rows for run in runs])
+        return Answer(rows, self.teacher.are_logits)

@@ -22,7 +22,8 @@ import torch
 
 from xformopt.analysis.coupling import Group, find_groups
 from xformopt.errors import PassError
-from xformopt.passes.importance import answer_logits, require_batches
+from xformopt.passes.answers import answer_of
+from xformopt.passes.importance import require_batches
 from xformopt.passes.removal import remove_units
 from xformopt.passes.unit_selection import used
 from xformopt.pipeline import Context, Effect, Pass, PassResult
@@ -104,12 +105,11 @@ def _prefixes(groups: Sequence[Group], shares: Sequence[float]) -> dict[Group, t
 
 def _check_nested(program: Program, groups: Sequence[Group], context: Context) -> None:
     batch = context.calibration[0]
-    wanted = answer_logits(program, interpret(program, batch), batch).log_softmax(-1)
+    wanted = answer_of(program, interpret(program, batch), batch)
 
     def divergence(kept: dict[Group, torch.Tensor]) -> float:
         smaller = remove_units(program, kept)
-        found = answer_logits(smaller, interpret(smaller, batch), batch).log_softmax(-1)
-        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        return float(wanted.divergence(answer_of(smaller, interpret(smaller, batch), batch)))
 
     generator = torch.Generator().manual_seed(context.seed)
     halves = _prefixes(groups, [0.5] * len(groups))

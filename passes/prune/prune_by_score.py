@@ -7,8 +7,8 @@ kept only if the score does not fall below the best so far less a tolerance:
     keep the removal  if  score(without) >= best - tolerance;    best = max(best, score(without))
 
 The gate is the score, never a budget: what the score cannot do without stays, however slow.  The score is that of the
-user's task on held-out data (``score=...`` of ``Pipeline.run``); without one, it is the share of answers on calibration
-data whose largest entry is that of the original, which can never rise above 1.  **Approximate**, without training.
+user's task on held-out data (``score=...`` of ``Pipeline.run``); without one, it is the agreement with the original's
+answers on calibration data (``answers.py``), which can never rise above 1.  **Approximate**, without training.
 
 Nagarajan et al., "AxFormer: Accuracy-driven Approximation of Transformers for Faster, Smaller and more Accurate NLP
 Models", arXiv 2010.03688.
@@ -24,7 +24,8 @@ import torch
 
 from xformopt.analysis.coupling import Group, find_groups
 from xformopt.errors import PassError
-from xformopt.passes.importance import answer_logits, require_batches
+from xformopt.passes.answers import answer_of
+from xformopt.passes.importance import require_batches
 from xformopt.passes.removal import remove_units
 from xformopt.passes.sublayers import find_sublayers, remove_sublayers
 from xformopt.passes.unit_scores import score_units
@@ -144,12 +145,12 @@ class _Search:
 
 
 def _agreement(program: Program, context: Context) -> Callable[[Program], float]:
-    """Return the share of the original's answers that a program gives, by the largest entry."""
+    """Return how far a program's answers agree with those of the original, the mean over batches."""
     batches = context.calibration
-    wanted = [answer_logits(program, interpret(program, batch), batch).argmax(-1) for batch in batches]
+    wanted = [answer_of(program, interpret(program, batch), batch) for batch in batches]
 
     def judge(tried: Program) -> float:
-        found = [answer_logits(tried, interpret(tried, batch), batch).argmax(-1) for batch in batches]
-        return float((torch.cat(found) == torch.cat(wanted)).double().mean())
+        found = [answer_of(tried, interpret(tried, batch), batch) for batch in batches]
+        return sum(one.agreement(other) for one, other in zip(wanted, found, strict=True)) / len(batches)
 
     return judge

@@ -4,8 +4,8 @@
 
 Greedy: of all sublayers that are left, the one goes whose removal moves the answer of the original model least for what
 it saves, measured by running the model without it on calibration data; then all are measured again (the order of Pei
-et al., arXiv 2411.14507, on sublayers instead of blocks).  The answer is that of the first output: KL(p || p'), p its
-softmax.  The next sublayer behind each gap is refitted by least squares to fill it (``least_squares.py``).
+et al., arXiv 2411.14507, on sublayers instead of blocks).  The move of an answer p is KL(p || p'); see ``answers.py``.
+The next sublayer behind each gap is refitted by least squares to fill it (``least_squares.py``).
 **Approximate**, without training.
 """
 
@@ -17,7 +17,8 @@ from typing import ClassVar, Literal
 
 from xformopt.errors import PassError
 from xformopt.match import is_call, xf
-from xformopt.passes.importance import answer_logits, require_batches
+from xformopt.passes.answers import answer_of
+from xformopt.passes.importance import require_batches
 from xformopt.passes.least_squares import refit
 from xformopt.passes.sublayers import Sublayer, find_sublayers, remove_sublayers
 from xformopt.passes.unit_selection import Budget, used
@@ -91,16 +92,14 @@ class PruneSublayers(Pass):
 
     def _least(self, program: Program, current: Program, left: Sequence[Sublayer], context: Context) -> Sublayer:
         batches = context.calibration[:_BATCHES]
-        wanted = [answer_logits(program, interpret(program, batch), batch).log_softmax(-1) for batch in batches]
+        wanted = [answer_of(program, interpret(program, batch), batch) for batch in batches]
         now = used(current, "flops")
 
         def harm(layer: Sublayer) -> float:
             tried = remove_sublayers(current, [layer])
-            total = 0.0
-            for batch, answer in zip(batches, wanted, strict=True):
-                found = answer_logits(tried, interpret(tried, batch), batch).log_softmax(-1)
-                total += float((answer.exp() * (answer - found)).sum(-1).mean())
-            return total / max(1, now - used(tried, "flops"))
+            found = [answer_of(tried, interpret(tried, batch), batch) for batch in batches]
+            moved = sum(float(one.divergence(other)) for one, other in zip(wanted, found, strict=True))
+            return moved / max(1, now - used(tried, "flops"))
 
         return min(left, key=harm)
 
