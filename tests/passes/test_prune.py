@@ -234,7 +234,9 @@ return y=%y
 """
 
 
-@pytest.mark.parametrize("name", ["prune-units", "prune-sublayers", "prune-by-score", "extract-prefixes"])
+@pytest.mark.parametrize(
+    "name", ["prune-units", "prune-sublayers", "prune-by-score", "extract-prefixes", "harden-attention"]
+)
 def test_graphs_without_the_structure(name: str) -> None:
     with pytest.raises(PassError, match="Looked for"):
         run(name, Program.parse(LINEAR), [{"x": torch.randn(2, 8)}])
@@ -252,6 +254,7 @@ def test_graphs_without_the_structure(name: str) -> None:
         ("prune-by-score", {"tolerance": -1}),
         ("prune-by-score", {"levels": ("layers",)}),
         ("extract-prefixes", {"grid": (0.5, 0.25, 1.0)}),
+        ("harden-attention", {"keys": 0}),
     ],
 )
 def test_options_that_make_no_sense(name: str, options: dict[str, Any]) -> None:
@@ -341,3 +344,44 @@ def test_prefixes_of_an_ordinary_model_are_refused(encoder: Program, batches: li
         run("extract-prefixes", encoder, batches)
     with pytest.raises(PassError, match="cannot be met"):
         run("extract-prefixes", nested(encoder), batches, remove=0.9)
+
+
+@pytest.mark.parametrize("options", ["", ", causal=true", ", window_left=2, window_right=1"])
+def test_hard_attention_by_hand(options: str, batches: list[Batch]) -> None:
+    encoder = Program.parse(ENCODER.replace("scale=0.5}", f"scale=0.5{options}}}"))
+    result = run("harden-attention", encoder, batches, keys=3)
+    assert len(result.fired) == 1
+    seen: dict[str, torch.Tensor] = {}
+    interpret(result.program, batches[0], observe=lambda node, value: seen.update({node.name: value}))
+    q, k, v = (seen[name].double() for name in ("q", "k", "v"))
+    keep, attended = batches[0]["mask"].bool(), next(v for n, v in seen.items() if n.startswith("attention"))
+    for row, head, query in ((0, 0, 4), (0, 7, 8), (1, 3, 2)):
+        served = head // 2
+        logits = 0.5 * k[row, :, served * 4 : served * 4 + 4] @ q[row, query, head * 4 : head * 4 + 4]
+        visible = keep[row].clone()
+        for key in range(len(visible)):
+            far = ("causal" in options and key > query) or ("window" in options and not -2 <= key - query <= 1)
+            visible[key] &= not far
+        best = sorted(visible.nonzero().flatten().tolist(), key=lambda key: -float(logits[key]))[:3]
+        wanted = logits[best].softmax(0) @ v[row, best, served * 4 : served * 4 + 4]
+        found = attended[row, query, head * 4 : head * 4 + 4]
+        assert torch.allclose(found.double(), wanted, atol=1e-6)
+
+
+def test_hard_attention_on_the_target(encoder: Program, batches: list[Batch]) -> None:
+    result = Pipeline([build_pass("harden-attention", {"keys": 4})]).run(encoder, calibration=batches)
+    assert result.history[0].changed
+    artifact = lower(result.program, measure=False)
+    for length in (2, 9):
+        given = {name: value[:, :length] for name, value in batches[0].items()}
+        found = artifact.run(**{name: value.numpy() for name, value in given.items()})["logits"]
+        assert distance(result.program.run(given)["logits"], torch.from_numpy(found)) < 1e-5
+
+
+def test_attention_that_stays_soft(encoder: Program, batches: list[Batch]) -> None:
+    result = run("harden-attention", encoder, batches, layers=("elsewhere.*",))
+    assert not result.changed
+    assert result.rejected[0].reason == "it is not among the chosen layers"
+    fixed = Program.parse(ENCODER.replace("dim length in [1, 64]\n", "").replace("length", "9"))
+    (refused,) = run("harden-attention", fixed, batches, keys=9).rejected
+    assert refused.reason == "it has only 9 keys, of which 9 would stay"
