@@ -368,6 +368,7 @@ def test_hard_attention_by_hand(options: str, batches: list[Batch]) -> None:
         assert torch.allclose(found.double(), wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hard_attention_on_the_target(encoder: Program, batches: list[Batch]) -> None:
     result = Pipeline([build_pass("harden-attention", {"keys": 4})]).run(encoder, calibration=batches)
     assert result.history[0].changed
