@@ -186,3 +186,18 @@ def test_the_residual_width_is_one_group() -> None:
     wanted = s @ p["head.w"][:, kept].t()
     found = pruned.run({"x": x})["y"]
     assert (found - wanted).norm() <= TOLERANCE * wanted.norm()
+
+
+def test_what_a_norm_reads_is_neither_heads_nor_units() -> None:
+    """Without some of its channels a norm has other statistics: removing them would not be masking them."""
+    normed = MERGED.replace(
+        "%z: f32[batch,6,8] = xf.linear(%a, %o)",
+        "%n: f32[batch,6,16] = xf.rms_norm(%a) {eps=1e-05}\n%z: f32[batch,6,8] = xf.linear(%n, %o)",
+    )
+    assert find_groups(Program.parse(normed), "heads") == []
+
+
+def test_an_operator_without_a_rule_keeps_what_it_touches() -> None:
+    sorted_units = RESHAPED.replace("xf.activation(%j) {function=relu}", "aten.cumsum(%j) {dim=2}")
+    groups = find_groups(Program.parse(sorted_units))
+    assert any("aten.cumsum" in str(group.pinned) for group in groups if ("w", 0) in group.parameters)

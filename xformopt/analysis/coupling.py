@@ -130,10 +130,12 @@ def _kind(axes: list[Axis]) -> Kind:
     last = [node for node, axis in axes if node.op == "call_function" and axis == rank(node) - 1]
     if any(_is_residual(node) for node in last):
         return "width"
+    # behind a norm over all of them, what is left is not what was there
+    if any(is_call(node, xf.layer_norm, xf.rms_norm) and arguments(node)["groups"] == 1 for node in last):
+        return "other"
     if any(is_call(node, xf.attention) and axis == 2 for node, axis in axes):
         return "heads"
-    normed = any(is_call(node, xf.layer_norm, xf.rms_norm) and arguments(node)["groups"] == 1 for node in last)
-    if not normed and any(is_call(node, xf.activation, xf.glu) for node in last):
+    if any(is_call(node, xf.activation, xf.glu) for node in last):
         return "hidden"
     return "other"
 
