@@ -77,7 +77,9 @@ def find_groups(program: Program, kind: Kind | None = None) -> list[Group]:
         if any(node.op == "get_attr" for node, _ in axes):
             units = _units(axes, [link for axis in axes for link in by_axis.get(axis, ())])
             group = _group(axes, units, links.pins)
-            groups.append((min(order[node] for node, _ in axes if node.op != "get_attr"), group))
+            # parameters stand in front of everything: a group begins where something is computed
+            start = min((order[node] for node, _ in axes if node.op != "get_attr"), default=0)
+            groups.append((start, group))
     found = [group for _, group in sorted(groups, key=lambda pair: pair[0])]
     return [group for group in found if kind in (None, group.kind)]
 
