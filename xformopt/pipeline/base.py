@@ -30,6 +30,9 @@ class Context:
         assume: Facts the user vouches for, such as ``no-padding``.
         progress: Called with (what, done, total).
         time: Returns the milliseconds that programs take on the target, each by its name; None where nobody measures.
+        measure: Returns the interval of the speed-up of the second program over the first, on the target; None where
+            nothing can be timed.
+        score: Returns what a program reaches on the user's task, higher is better; None where there is no task.
     """
 
     calibration: Sequence[dict[str, torch.Tensor]] = ()
@@ -38,6 +41,8 @@ class Context:
     assume: frozenset[str] = frozenset()
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     time: Callable[[Mapping[str, Program]], Mapping[str, float]] | None = None
+    measure: Callable[[Program, Program], tuple[float, float]] | None = None
+    score: Callable[[Program], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class Pipeline:
         assume: Iterable[str] = (),
         measure: Callable[[Program, Program], tuple[float, float]] | None = None,
         time: Callable[[Mapping[str, Program]], Mapping[str, float]] | None = None,
+        score: Callable[[Program], float] | None = None,
         observe: Callable[[Record, Program], None] | None = None,
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> PipelineResult:
@@ -124,6 +125,7 @@ class Pipeline:
             assume: Facts the caller vouches for, such as ``no-padding``.
             measure: Returns the interval of the speed-up of the second program over the first, on the target.
             time: Returns the milliseconds that programs take on the target, for passes that choose by time.
+            score: Returns what a program reaches on held-out data of the task, higher is better, for passes that ask.
             observe: Called after every pass with its record and the program it left.
             progress: Called with (what, done, total).
 
@@ -137,7 +139,7 @@ class Pipeline:
         batches = tuple(dict(batch) for batch in calibration)
         for batch in batches:
             program.bind(batch)
-        context = Context(batches, target, seed, assumed, progress, time)
+        context = Context(batches, target, seed, assumed, progress, time, measure, score)
         steps: list[Pass] = [*([Lift()] if program.level == Level.CAPTURED else []), *self.passes]
         run = _Run(self, context, measure, program, edge_cases(program, batches, seed=seed))
         for index, step in enumerate(steps):

@@ -1,0 +1,1 @@
+"""Passes that remove structure: heads, units, channels, sublayers."""
