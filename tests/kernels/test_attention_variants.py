@@ -1,0 +1,239 @@
+"""Operators beside softmax attention: each against loops or another formula, and what torch asks of an operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from xformopt.kernels.definition import Operator, load_operators, xf
+
+DOUBLE = torch.float64
+HEADS, D, E = 2, 3, 5
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of an operator: arguments, another formula for the result, and its cost."""
+
+    name: str
+    arguments: Callable[[], tuple[torch.Tensor | None, ...]]
+    formula: Callable[..., torch.Tensor]
+    flops: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def operator(self) -> Operator:
+        return load_operators()[self.name]
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=DOUBLE)
+
+
+def qkv(T: int, B: int = 2, S: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return randn(B, T, HEADS * D), randn(B, S or T, HEADS * D), randn(B, S or T, HEADS * E)
+
+
+def padding(T: int) -> torch.Tensor:
+    """Two sequences: all tokens but two, and none."""
+    return torch.stack([torch.arange(T) >= 2, torch.zeros(T, dtype=torch.bool)])
+
+
+def softmax(logits: list[float]) -> list[float]:
+    total = sum(math.exp(x) for x in logits)
+    return [math.exp(x) / total for x in logits]
+
+
+def by_loops(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sees: Callable[[int, int, int, int], bool],
+    scale: float,
+    weigh: Callable[[list[float]], list[float]] = softmax,
+) -> torch.Tensor:
+    """One query of one head at a time over the keys it ``sees(batch, head, query, key)``."""
+    out = torch.zeros(q.shape[0], q.shape[1], HEADS * E, dtype=DOUBLE)
+    for b in range(q.shape[0]):
+        for h in range(HEADS):
+            for i in range(q.shape[1]):
+                keys = [j for j in range(k.shape[1]) if sees(b, h, i, j)]
+                query = q[b, i, h * D : (h + 1) * D]
+                weights = weigh([scale * float(query @ k[b, j, h * D : (h + 1) * D]) for j in keys]) if keys else []
+                for j, weight in zip(keys, weights, strict=True):
+                    out[b, i, h * E : (h + 1) * E] += weight * v[b, j, h * E : (h + 1) * E]
+    return out
+
+
+def local(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    heads: int,
+    scale: float,
+    window_left: int,
+    window_right: int = 0,
+    dilation: int = 1,
+    stripe: int = 0,
+    causal: bool = False,
+) -> torch.Tensor:
+    window = [n * dilation for n in range(-window_right, window_left + 1)]
+
+    def sees(b: int, h: int, i: int, j: int) -> bool:
+        exists = mask is None or bool(mask[b, j])
+        in_stripe = stripe > 0 and (i - j) % stripe == 0
+        return exists and (i - j in window or in_stripe) and (j <= i or not causal)
+
+    return by_loops(q, k, v, sees, scale)
+
+
+def channels(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: torch.Tensor, mask: Any = None, *, heads: int
+) -> Any:
+    width = q.shape[2] // heads
+    out = torch.zeros_like(v)
+    for b in range(q.shape[0]):
+        tokens = [i for i in range(q.shape[1]) if mask is None or mask[b, i]]
+        for c in range(q.shape[2]):
+            head = range(c // width * width, (c // width + 1) * width)
+            mine = q[b, tokens, c]
+            logits = []
+            for e in head:
+                theirs = k[b, tokens, e]
+                size = math.sqrt(float(mine @ mine)) * math.sqrt(float(theirs @ theirs))
+                logits.append(float(t[c // width]) * (float(mine @ theirs) / size if tokens else 0.0))
+            out[b, tokens, c] = sum(w * v[b, tokens, e] for w, e in zip(softmax(logits), head, strict=True))
+    return out
+
+
+WINDOW = {"heads": HEADS, "scale": 0.7}
+# 16 queries together
+PAIRS = 2 * 2 * HEADS * (D + E)
+CASES = [
+    Case("local_attention", lambda: qkv(9), local, PAIRS * 16 * 19, {**WINDOW, "window_left": 2, "window_right": 1}),
+    Case("local_attention", lambda: (*qkv(9), padding(9)), local, PAIRS * 16 * 19, {**WINDOW, "window_left": 3}),
+    Case(
+        "local_attention",
+        lambda: (*qkv(9), padding(9)),
+        local,
+        PAIRS * (32 * 18 + 3 * 9),
+        {**WINDOW, "window_left": 2, "dilation": 2, "stripe": 3, "causal": True},
+    ),
+    Case(
+        "local_attention",
+        lambda: qkv(9),
+        local,
+        PAIRS * (48 * 18 + 4 * 9),
+        {**WINDOW, "window_left": 1, "window_right": 1, "dilation": 3, "stripe": 4},
+    ),
+    Case(
+        "xca",
+        lambda: (randn(2, 9, 6), randn(2, 9, 6), randn(2, 9, 6), torch.rand(2, dtype=DOUBLE) + 1),
+        channels,
+        4 * 2 * 9 * 6 * 3 + 6 * 2 * 9 * 6,
+        {"heads": HEADS},
+    ),
+    Case(
+        "xca",
+        lambda: (randn(2, 9, 6), randn(2, 9, 6), randn(2, 9, 6), torch.rand(2, dtype=DOUBLE) + 1, padding(9)),
+        channels,
+        4 * 2 * 9 * 6 * 3 + 6 * 2 * 9 * 6,
+        {"heads": HEADS},
+    ),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{number}" for number, case in enumerate(CASES)])
+
+
+@every_case
+def test_definition_is_the_formula(case: Case) -> None:
+    arguments = case.arguments()
+    found = case.operator.overload(*arguments, **case.options)
+    torch.testing.assert_close(found, case.formula(*arguments, **case.options), **CLOSE)
+
+
+@every_case
+def test_float32_is_close_to_the_formula(case: Case) -> None:
+    exact = case.arguments()
+    rounded = tuple(a.float() if a is not None and a.is_floating_point() else a for a in exact)
+    found = case.operator.overload(*rounded, **case.options).double()
+    torch.testing.assert_close(found, case.formula(*exact, **case.options), rtol=2e-5, atol=2e-5)
+
+
+@every_case
+def test_shape_rule_tells_the_real_shape(case: Case) -> None:
+    arguments = case.arguments()
+    inferred = case.operator.infer(*arguments, **case.options)
+    real = case.operator.reference(*arguments, **case.options)
+    assert (inferred.shape, inferred.dtype, inferred.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@every_case
+def test_cost_is_the_formula_at_a_known_shape(case: Case) -> None:
+    assert case.operator.flops(*case.arguments(), **case.options) == case.flops
+
+
+@every_case
+def test_torch_accepts_the_operator(case: Case) -> None:
+    arguments = tuple(a.requires_grad_() if a is not None and a.is_floating_point() else a for a in case.arguments())
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(case.operator.overload, arguments, case.options, test_utils=checks)
+
+
+@pytest.mark.slow
+@every_case
+def test_torch_traces_the_operator_and_its_gradient(case: Case) -> None:
+    arguments = tuple(a.requires_grad_() if a is not None and a.is_floating_point() else a for a in case.arguments())
+    torch.library.opcheck(case.operator.overload, arguments, case.options, test_utils="test_aot_dispatch_dynamic")
+
+
+@every_case
+def test_gradients(case: Case) -> None:
+    arguments = case.arguments()
+    positions = [i for i, a in enumerate(arguments) if a is not None and a.is_floating_point()]
+
+    def call(*given: torch.Tensor) -> Any:
+        filled = list(arguments)
+        for position, value in zip(positions, given, strict=True):
+            filled[position] = value
+        return case.operator.overload(*filled, **case.options)
+
+    inputs = [arguments[i].clone().requires_grad_() for i in positions]  # type: ignore[union-attr]
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+
+
+def fake(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Tensors without data, which only the shape rule sees."""
+    return tuple(torch.empty(shape, device="meta") for shape in shapes)
+
+
+QKV = ((1, 5, 6), (1, 5, 6), (1, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: xf.local_attention(*fake((1, 5, 6), (1, 7, 6), (1, 7, 6)), heads=2, scale=1.0, window_left=1),
+            "one key for each query",
+        ),
+        (lambda: xf.local_attention(*fake(*QKV), heads=2, scale=1.0, window_left=-1), "a bound on each side"),
+        (
+            lambda: xf.local_attention(*fake(*QKV), heads=2, scale=1.0, window_left=1, window_right=1, causal=True),
+            "no keys on its right",
+        ),
+        (lambda: xf.local_attention(*fake(*QKV), heads=2, scale=1.0, window_left=1, dilation=0), "at least 1"),
+        (lambda: xf.xca(*fake(*QKV, (3,)), heads=2), "not one temperature for each head"),
+        (lambda: xf.xca(*fake((1, 5, 6), (1, 5, 6), (1, 5, 4), (2,)), heads=2), "disagree on the channels"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call()
