@@ -114,6 +114,28 @@ def channels(
     return out
 
 
+def block_sparse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    heads: int,
+    scale: float,
+    block: int,
+    causal: bool = False,
+) -> torch.Tensor:
+    def sees(b: int, h: int, i: int, j: int) -> bool:
+        exists = mask is None or bool(mask[b, j])
+        return exists and bool(blocks[h % len(blocks), i // block, j // block]) and (j <= i or not causal)
+
+    return by_loops(q, k, v, sees, scale)
+
+
+# the second row of blocks keeps nothing
+BLOCKS = torch.tensor([[[1, 0, 1], [0, 0, 0], [1, 1, 1]], [[0, 1, 0], [0, 0, 0], [0, 0, 1]]]).bool()
+
 WINDOW = {"heads": HEADS, "scale": 0.7}
 # 16 queries together
 PAIRS = 2 * 2 * HEADS * (D + E)
@@ -133,6 +155,20 @@ CASES = [
         local,
         PAIRS * (48 * 18 + 4 * 9),
         {**WINDOW, "window_left": 1, "window_right": 1, "dilation": 3, "stripe": 4},
+    ),
+    Case(
+        "block_sparse_attention",
+        lambda: (*qkv(8, S=7), BLOCKS),
+        block_sparse,
+        4 * 7 * 9 * (D + E),
+        {**WINDOW, "block": 3},
+    ),
+    Case(
+        "block_sparse_attention",
+        lambda: (*qkv(9), BLOCKS[:1], padding(9)),
+        block_sparse,
+        4 * 10 * 9 * (D + E),
+        {**WINDOW, "block": 3, "causal": True},
     ),
     Case(
         "xca",
@@ -230,6 +266,22 @@ QKV = ((1, 5, 6), (1, 5, 6), (1, 5, 6))
             "no keys on its right",
         ),
         (lambda: xf.local_attention(*fake(*QKV), heads=2, scale=1.0, window_left=1, dilation=0), "at least 1"),
+        (
+            lambda: xf.block_sparse_attention(*fake(*QKV), fake((1, 2, 2))[0].bool(), heads=2, scale=1.0, block=2),
+            "more queries than the block mask covers",
+        ),
+        (
+            lambda: xf.block_sparse_attention(*fake(*QKV), fake((1, 3, 2))[0].bool(), heads=2, scale=1.0, block=2),
+            "more keys than the block mask covers",
+        ),
+        (
+            lambda: xf.block_sparse_attention(*fake(*QKV), fake((3, 3, 3))[0].bool(), heads=2, scale=1.0, block=2),
+            "not one block mask for all heads or for each",
+        ),
+        (
+            lambda: xf.block_sparse_attention(*fake(*QKV, (1, 3, 3)), heads=2, scale=1.0, block=2),
+            "the block mask must be bool",
+        ),
         (lambda: xf.xca(*fake(*QKV, (3,)), heads=2), "not one temperature for each head"),
         (lambda: xf.xca(*fake((1, 5, 6), (1, 5, 6), (1, 5, 4), (2,)), heads=2), "disagree on the channels"),
     ],

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from xformopt.analysis import cost
+from xformopt.errors import LoweringError
 from xformopt.kernels.definition import load_operators
 from xformopt.lowering.onnx_export import Exported, export_onnx
 from xformopt.lowering.onnx_forms import build_graph, offered_forms
@@ -34,6 +36,16 @@ BODIES = {
 %o3: {OUT} = xf.local_attention(%q, %k, %v) {{heads=2, scale=0.7, window_left=2, window_right=1, dilation=2, stripe=5}}
 %o4: {OUT} = xf.local_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, window_left=4, stripe=3, causal=true}}
 """,
+    "block_sparse_attention": f"""
+param %one: bool[1,20,20]
+param %each: bool[2,20,20]
+param %none: bool[1,20,20]
+%o0: {OUT} = xf.block_sparse_attention(%q, %k, %v, %one) {{heads=2, scale=0.7, block=16}}
+%o1: {OUT} = xf.block_sparse_attention(%q, %k, %v, %each, %mask) {{heads=2, scale=0.7, block=16}}
+%o2: {OUT} = xf.block_sparse_attention(%q, %k, %v, %each) {{heads=2, scale=0.7, block=16, causal=true}}
+%o3: {OUT} = xf.block_sparse_attention(%q, %k, %v, %one, %mask) {{heads=2, scale=0.7, block=16, causal=true}}
+%o4: {OUT} = xf.block_sparse_attention(%q, %k, %v, %none) {{heads=2, scale=0.7, block=16}}
+""",
     "xca": """
 param %t: f32[2]
 %o0: f32[batch,length,6] = xf.xca(%q, %k, %k, %t) {heads=2}
@@ -42,7 +54,16 @@ param %t: f32[2]
 }
 
 
-def program(name: str, parameters: dict[str, torch.Tensor] | None = None) -> Program:
+def block_masks() -> dict[str, torch.Tensor]:
+    """Return masks of 20 x 20 blocks whose rows keep none, few, many or all."""
+    generator = torch.Generator().manual_seed(3)
+    density = torch.tensor([0.0, 0.1, 0.5, 1.0]).repeat(5)[:, None]
+    one, each = (torch.rand(n, 20, 20, generator=generator) < density for n in (1, 2))
+    return {"one": one, "each": each, "none": torch.zeros(1, 20, 20, dtype=torch.bool)}
+
+
+def program(name: str) -> Program:
+    parameters = block_masks() if name == "block_sparse_attention" else None
     body = BODIES[name]
     outputs = [line.split(":")[0] for line in body.splitlines() if line.startswith("%o")]
     unused = "" if "%mask" in body else "input %mask: bool[batch,length]\n"
@@ -90,6 +111,43 @@ def test_every_form_runs_as_the_reference(name: str) -> None:
         check(exported, {} if form is None else {operator: form})
 
 
+BAND = """
+program "band" lifted
+dim batch in [1, inf]
+input %q: f32[batch,100,6]
+input %k: f32[batch,70,6]
+input %v: f32[batch,70,10]
+param %mask: bool[1,7,5]
+%o: f32[batch,100,10] = xf.block_sparse_attention(%q, %k, %v, %mask) {heads=2, scale=0.7, block=16}
+return o=%o
+"""
+
+
+def test_block_sparse_attention_computes_only_blocks_that_are_kept() -> None:
+    mask = torch.eye(7, 5, dtype=torch.bool)[None]
+    exported = export_onnx(Program.parse(BAND, parameters={"mask": mask}))
+    model = build_graph(exported, {}).model
+    tables = [v.const_value.numpy() for v in model.graph.initializers.values() if "int64.5x1." in (v.name or "")]
+    assert [table.reshape(-1).tolist() for table in tables] == [[0, 1, 2, 3, 4]]
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    import onnx_ir as ir
+
+    blob = ir.serde.serialize_model(model).SerializeToString()
+    session = ort.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+    given = {"q": torch.randn(2, 100, 6), "k": torch.randn(2, 70, 6), "v": torch.randn(2, 70, 10)}
+    found = session.run(None, {name: value.numpy() for name, value in given.items()})[0]
+    np.testing.assert_allclose(found, exported.program.run(given)["o"].numpy(), atol=1e-5)
+    # what no block is kept for
+    assert not found[:, 80:].any()
+
+
+def test_a_block_mask_known_at_run_time_only_is_refused() -> None:
+    text = BAND.replace("param %mask", "input %mask")
+    with pytest.raises(LoweringError, match="its block mask is computed at run time"):
+        build_graph(export_onnx(Program.parse(text)), {})
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_forms_are_blocks_and_not_steps(name: str) -> None:
     # a few dozen nodes an operator, however long the sequence, and no loop
@@ -97,3 +155,9 @@ def test_forms_are_blocks_and_not_steps(name: str) -> None:
     count = BODIES[name].count("= xf.")
     assert len(list(model.graph)) < 120 * count
     assert not [node for node in model.graph if node.op_type in ("Loop", "If")]
+
+
+def test_block_sparse_attention_costs_what_its_mask_keeps() -> None:
+    mask = torch.eye(7, 5, dtype=torch.bool)[None]
+    program = Program.parse(BAND, parameters={"mask": mask})
+    assert cost(program, {"batch": 2}).flops == 2 * 2 * 2 * 5 * 16 * 16 * (3 + 5)
