@@ -11,7 +11,7 @@ from xformopt.kernels.onnx_form import Builder
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Weighted", "hide", "mean_of", "weighted"]
+__all__ = ["Weighted", "distances", "hide", "mean_of", "weighted"]
 
 # by the bytes of a number: far below any logit, and what the largest logit of a row counts as at least
 _HIDDEN = {2: -6.0e4, 4: -1.0e30, 8: -1.0e30}
@@ -24,6 +24,13 @@ class Weighted(NamedTuple):
     values: ir.Value
     weights: ir.Value
     peak: ir.Value
+
+
+def distances(b: Builder, length: ir.Value) -> ir.Value:
+    """Return ``i - j`` at ``[i, j]``, for a length that is known at run time."""
+    zero, one = b.constant(0, np.int64), b.constant(1, np.int64)
+    at = b.op("Range", zero, b.op("Squeeze", length), one)
+    return b.op("Sub", b.op("Unsqueeze", at, b.constant([1], np.int64)), at)
 
 
 def hide(b: Builder, logits: ir.Value, visible: ir.Value, like: ir.Value) -> ir.Value:

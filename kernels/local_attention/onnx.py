@@ -12,7 +12,7 @@ import numpy as np
 
 from xformopt.kernels.local_attention.operator import queries_together
 from xformopt.kernels.onnx_form import Builder, Form, Verdict, XfNode
-from xformopt.kernels.onnx_softmax import Weighted, hide, mean_of, weighted
+from xformopt.kernels.onnx_softmax import Weighted, distances, hide, mean_of, weighted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -95,9 +95,8 @@ def _stripes(b: Builder, node: XfNode) -> Weighted:
     left, right, dilation, stripe = node["window_left"], node["window_right"], node["dilation"], node["stripe"]
     q, k, v, exists = _sequences(b, node, stripe, 1)
     logits = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))  # [R, H, n, n]
-    zero, one = b.constant(0, np.int64), b.constant(1, np.int64)
-    at = b.op("Range", zero, b.op("Squeeze", b.op("Shape", q, start=2, end=3)), one)
-    steps = b.op("Sub", b.op("Unsqueeze", at, b.constant([1], np.int64)), at)
+    zero = b.constant(0, np.int64)
+    steps = distances(b, b.op("Shape", q, start=2, end=3))
     back = b.op("Mul", steps, b.constant(stripe, np.int64))
     fresh = [
         b.op("Greater", back, b.constant(left * dilation, np.int64)),

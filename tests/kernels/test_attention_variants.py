@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from xformopt.kernels.definition import Operator, load_operators, xf
+from xformopt.kernels.entmax_attention import entmax
 
 DOUBLE = torch.float64
 HEADS, D, E = 2, 3, 5
@@ -136,6 +137,39 @@ def block_sparse(
 # the second row of blocks keeps nothing
 BLOCKS = torch.tensor([[[1, 0, 1], [0, 0, 0], [1, 1, 1]], [[0, 1, 0], [0, 0, 0], [0, 0, 1]]]).bool()
 
+
+def entmax_weights(alpha: float) -> Callable[[list[float]], list[float]]:
+    """Bisect the threshold until its bracket has no number inside."""
+
+    def weigh(logits: list[float]) -> list[float]:
+        scaled = [(alpha - 1) * x for x in logits]
+        low, high = max(scaled) - 1, max(scaled)
+        for _ in range(200):
+            middle = (low + high) / 2
+            total = sum(max(x - middle, 0.0) ** (1 / (alpha - 1)) for x in scaled)
+            low, high = (middle, high) if total > 1 else (low, middle)
+        return [max(x - low, 0.0) ** (1 / (alpha - 1)) for x in scaled]
+
+    return weigh
+
+
+def entmax_by_loops(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    heads: int,
+    scale: float,
+    alpha: float = 1.5,
+    causal: bool = False,
+) -> torch.Tensor:
+    def sees(b: int, h: int, i: int, j: int) -> bool:
+        return (mask is None or bool(mask[b, j])) and (j <= i or not causal)
+
+    return by_loops(q, k, v, sees, scale, entmax_weights(alpha))
+
+
 WINDOW = {"heads": HEADS, "scale": 0.7}
 # 16 queries together
 PAIRS = 2 * 2 * HEADS * (D + E)
@@ -169,6 +203,23 @@ CASES = [
         block_sparse,
         4 * 10 * 9 * (D + E),
         {**WINDOW, "block": 3, "causal": True},
+    ),
+    *(
+        Case(
+            "entmax_attention",
+            lambda: (*qkv(6, S=9), padding(9)),
+            entmax_by_loops,
+            2 * 6 * 9 * HEADS * (2 * (D + E) + (8 if alpha < 1.8 else 11) * 9),
+            {**WINDOW, "alpha": alpha},
+        )
+        for alpha in (1.2, 1.5, 1.7, 2.0)
+    ),
+    Case(
+        "entmax_attention",
+        lambda: qkv(9),
+        entmax_by_loops,
+        2 * 9 * 9 * HEADS * (2 * (D + E) + 8 * 9),
+        {**WINDOW, "causal": True},
     ),
     Case(
         "xca",
@@ -245,6 +296,21 @@ def test_gradients(case: Case) -> None:
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 1.9, 2.0])
+@pytest.mark.parametrize("spread", [1e-6, 1.0, 100.0])
+def test_entmax_finds_its_threshold_among_many_keys(alpha: float, spread: float) -> None:
+    # thresholds at both ends of the bracket
+    scores = randn(4, 2000) * spread
+    low = (alpha - 1) * scores.amax(-1, keepdim=True) - 1
+    high = low + 1
+    for _ in range(100):
+        middle = (low + high) / 2
+        total = (((alpha - 1) * scores - middle).clamp(min=0) ** (1 / (alpha - 1))).sum(-1, keepdim=True)
+        low, high = torch.where(total > 1, middle, low), torch.where(total > 1, high, middle)
+    expected = ((alpha - 1) * scores - low).clamp(min=0) ** (1 / (alpha - 1))
+    torch.testing.assert_close(entmax(scores, torch.ones(2000, dtype=torch.bool), alpha), expected, **CLOSE)
+
+
 def fake(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """Tensors without data, which only the shape rule sees."""
     return tuple(torch.empty(shape, device="meta") for shape in shapes)
@@ -282,6 +348,7 @@ QKV = ((1, 5, 6), (1, 5, 6), (1, 5, 6))
             lambda: xf.block_sparse_attention(*fake(*QKV, (1, 3, 3)), heads=2, scale=1.0, block=2),
             "the block mask must be bool",
         ),
+        (lambda: xf.entmax_attention(*fake(*QKV), heads=2, scale=1.0, alpha=1.0), "alpha must be above 1"),
         (lambda: xf.xca(*fake(*QKV, (3,)), heads=2), "not one temperature for each head"),
         (lambda: xf.xca(*fake((1, 5, 6), (1, 5, 6), (1, 5, 4), (2,)), heads=2), "disagree on the channels"),
     ],
