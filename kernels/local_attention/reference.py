@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from xformopt.kernels.chunks import join_heads, split_heads
+from xformopt.kernels.masked_softmax import masked_softmax
 
 __all__ = ["local_attention", "local_keys"]
 
@@ -50,11 +51,7 @@ def local_attention(
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     q, k, v = (split_heads(x, heads) for x in (q * scale, k, v))
-    logits = (q @ k.transpose(-1, -2)).masked_fill(~visible, float("-inf"))  # [B, H, T, T]
-    # subtracting a finite maximum keeps rows without any key at zero instead of NaN
-    peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-    weights = (logits - peak).exp()
-    return join_heads(weights @ v / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny))
+    return join_heads(masked_softmax(q @ k.transpose(-1, -2), visible) @ v)
 
 
 def local_keys(

@@ -12,6 +12,12 @@ import torch
 
 from xformopt.kernels.definition import Operator, load_operators, xf
 from xformopt.kernels.entmax_attention import entmax
+from xformopt.kernels.flow_attention import flow_attention, flow_attention_start, flow_attention_step
+from xformopt.kernels.prefix_scan_attention import (
+    prefix_scan_attention_masked,
+    prefix_scan_attention_start,
+    prefix_scan_attention_step,
+)
 
 DOUBLE = torch.float64
 HEADS, D, E = 2, 3, 5
@@ -170,6 +176,65 @@ def entmax_by_loops(
     return by_loops(q, k, v, sees, scale, entmax_weights(alpha))
 
 
+def flow(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
+    *,
+    heads: int,
+    causal: bool = False,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """For each query all flows of the tokens that count for it anew, from the matrix of products."""
+    T, S = q.shape[1], k.shape[1]
+    out = torch.zeros(q.shape[0], T, HEADS * E, dtype=DOUBLE)
+    for b in range(q.shape[0]):
+        queries = [i for i in range(T) if query_mask is None or query_mask[b, i]]
+        keys = [j for j in range(S) if key_mask is None or key_mask[b, j]]
+        for h in range(HEADS):
+            qs, ks = q[b, :, h * D : (h + 1) * D].sigmoid(), k[b, :, h * D : (h + 1) * D].sigmoid()
+
+            def dot(x: torch.Tensor, total: Any) -> torch.Tensor:
+                return ((x + eps) * (total + eps)).sum()
+
+            def before(tokens: list[int], i: int) -> list[int]:
+                return [t for t in tokens if t <= i] if causal else tokens
+
+            def count(i: int, keys: list[int] = keys) -> int:
+                return len(before(keys, i)) if causal else 1
+
+            flow_in = {i: count(i) / dot(qs[i], sum(ks[j] for j in before(keys, i))) for i in queries}
+            flow_out = {j: count(j) / dot(ks[j], sum(qs[i] for i in before(queries, j))) for j in keys}
+            kept = {
+                j: (dot(ks[j], sum(qs[i] * flow_in[i] for i in before(queries, j))) / count(j)).clamp(-1, 1).exp()
+                for j in keys
+            }
+            for i in queries:
+                seen = before(keys, i)
+                if not seen:
+                    continue
+                allocation = dot(qs[i], sum(ks[j] * flow_out[j] for j in seen)) / count(i)
+                if not causal:
+                    allocation = allocation * len(queries) / len(keys)
+                for j in seen:
+                    n = len(before(keys, j)) if causal else len(keys)
+                    share = kept[j] / sum(kept[m] for m in before(keys, j)) * n
+                    weight = float(qs[i] @ ks[j]) * flow_in[i] / count(i) * share * allocation.sigmoid()
+                    out[b, i, h * E : (h + 1) * E] += weight * v[b, j, h * E : (h + 1) * E]
+    return out
+
+
+def one_query(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *, heads: int, scale: float
+) -> torch.Tensor:
+    def sees(b: int, h: int, i: int, j: int) -> bool:
+        return (mask is None or bool(mask[b, j])) and j <= i
+
+    return by_loops(q.expand(*k.shape), k, v, sees, scale)
+
+
 WINDOW = {"heads": HEADS, "scale": 0.7}
 # 16 queries together
 PAIRS = 2 * 2 * HEADS * (D + E)
@@ -220,6 +285,43 @@ CASES = [
         entmax_by_loops,
         2 * 9 * 9 * HEADS * (2 * (D + E) + 8 * 9),
         {**WINDOW, "causal": True},
+    ),
+    Case(
+        "flow_attention",
+        lambda: qkv(6, S=9),
+        flow,
+        7 * 2 * 15 * HEADS * D + 4 * HEADS * 15 * D * E,
+        {"heads": HEADS},
+    ),
+    Case(
+        "flow_attention",
+        lambda: (*qkv(9), padding(9), padding(9)),
+        flow,
+        7 * 2 * 18 * HEADS * D + 4 * HEADS * 18 * D * E,
+        {"heads": HEADS},
+    ),
+    *(
+        Case(
+            "flow_attention",
+            arguments,
+            flow,
+            7 * 2 * 18 * HEADS * D + 4 * 64 * HEADS * (64 * (D + E) + 2 * D * E),
+            {"heads": HEADS, "causal": True},
+        )
+        for arguments in (lambda: qkv(9), lambda: (*qkv(9), padding(9), padding(9)))
+    ),
+    *(
+        Case(
+            "prefix_scan_attention",
+            arguments,
+            one_query,
+            4 * 9 * HEADS * D + 4 * HEADS * (64 * 64 * E + E + 1),
+            WINDOW,
+        )
+        for arguments in (
+            lambda: (randn(HEADS * D), *qkv(9)[1:]),
+            lambda: (randn(HEADS * D), *qkv(9)[1:], padding(9)),
+        )
     ),
     Case(
         "xca",
@@ -296,6 +398,33 @@ def test_gradients(case: Case) -> None:
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("T", [1, 5, 70])
+def test_a_step_of_flow_attention_is_its_next_token(T: int) -> None:
+    q, k, v = qkv(T)
+    state = flow_attention_start(q[:, 0], v[:, 0], heads=HEADS)
+    outputs = []
+    for t in range(T):
+        state, output = flow_attention_step(state, q[:, t], k[:, t], v[:, t], heads=HEADS)
+        outputs.append(output)
+    expected = torch.stack(outputs, 1)
+    torch.testing.assert_close(xf.flow_attention(q, k, v, heads=HEADS, causal=True), expected, **CLOSE)
+    torch.testing.assert_close(flow_attention(q, k, v, heads=HEADS, causal=True, chunk=4), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("T", [1, 5, 70])
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_a_prefix_scan_is_masked_attention_and_its_steps(T: int, size: float) -> None:
+    q, (_, k, v) = randn(HEADS * D) * size, qkv(T)
+    state = prefix_scan_attention_start(v[:, 0], heads=HEADS)
+    outputs = []
+    for t in range(T):
+        state, output = prefix_scan_attention_step(state, q, k[:, t], v[:, t], **WINDOW)
+        outputs.append(output)
+    expected = torch.stack(outputs, 1)
+    torch.testing.assert_close(xf.prefix_scan_attention(q, k, v, **WINDOW), expected, **CLOSE)
+    torch.testing.assert_close(prefix_scan_attention_masked(q, k, v, **WINDOW), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("alpha", [1.1, 1.5, 1.9, 2.0])
 @pytest.mark.parametrize("spread", [1e-6, 1.0, 100.0])
 def test_entmax_finds_its_threshold_among_many_keys(alpha: float, spread: float) -> None:
@@ -349,6 +478,11 @@ QKV = ((1, 5, 6), (1, 5, 6), (1, 5, 6))
             "the block mask must be bool",
         ),
         (lambda: xf.entmax_attention(*fake(*QKV), heads=2, scale=1.0, alpha=1.0), "alpha must be above 1"),
+        (
+            lambda: xf.flow_attention(*fake((1, 5, 6), (1, 7, 6), (1, 7, 6)), heads=2, causal=True),
+            "one key for each query",
+        ),
+        (lambda: xf.prefix_scan_attention(*fake(*QKV), heads=2, scale=1.0), "one query for all tokens"),
         (lambda: xf.xca(*fake(*QKV, (3,)), heads=2), "not one temperature for each head"),
         (lambda: xf.xca(*fake((1, 5, 6), (1, 5, 6), (1, 5, 4), (2,)), heads=2), "disagree on the channels"),
     ],

@@ -272,7 +272,14 @@ CASES = [
 ]
 # these have a test file of their own
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
-VARIANTS = {"block_sparse_attention", "entmax_attention", "local_attention", "xca"}
+VARIANTS = {
+    "block_sparse_attention",
+    "entmax_attention",
+    "flow_attention",
+    "local_attention",
+    "prefix_scan_attention",
+    "xca",
+}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 
 

@@ -52,6 +52,17 @@ param %none: bool[1,20,20]
 %o2: {OUT} = xf.entmax_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, alpha=2.0, causal=true}}
 %o3: {OUT} = xf.entmax_attention(%q, %k, %v) {{heads=2, scale=0.01, alpha=1.75, causal=true}}
 """,
+    "flow_attention": f"""
+%o0: {OUT} = xf.flow_attention(%q, %k, %v) {{heads=2}}
+%o1: {OUT} = xf.flow_attention(%q, %k, %v, %mask, %mask) {{heads=2}}
+%o2: {OUT} = xf.flow_attention(%q, %k, %v) {{heads=2, causal=true}}
+%o3: {OUT} = xf.flow_attention(%q, %k, %v, %mask, %mask) {{heads=2, causal=true}}
+""",
+    "prefix_scan_attention": f"""
+param %query: f32[6]
+%o0: {OUT} = xf.prefix_scan_attention(%query, %k, %v) {{heads=2, scale=0.7}}
+%o1: {OUT} = xf.prefix_scan_attention(%query, %k, %v, %mask) {{heads=2, scale=30.0}}
+""",
     "xca": """
 param %t: f32[2]
 %o0: f32[batch,length,6] = xf.xca(%q, %k, %k, %t) {heads=2}
