@@ -63,7 +63,8 @@ def flow_attention(
         normalize=False,
         chunk=chunk,
     )
-    return (mixed.unflatten(-1, (heads, -1)) * flow.allocation).flatten(2)
+    allocated: torch.Tensor = mixed.unflatten(-1, (heads, -1)) * flow.allocation
+    return allocated.flatten(2)
 
 
 class _Flow(NamedTuple):

@@ -18,6 +18,7 @@ from xformopt.kernels.prefix_scan_attention import (
     prefix_scan_attention_start,
     prefix_scan_attention_step,
 )
+from xformopt.kernels.toeplitz_attention import toeplitz_attention_fft
 
 DOUBLE = torch.float64
 HEADS, D, E = 2, 3, 5
@@ -235,6 +236,73 @@ def one_query(
     return by_loops(q.expand(*k.shape), k, v, sees, scale)
 
 
+def toeplitz(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    w: torch.Tensor | None = None,
+    *,
+    heads: int,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The weight of each pair by itself."""
+
+    def phi(x: torch.Tensor, h: int) -> torch.Tensor:
+        unit = x[h * D : (h + 1) * D]
+        if w is None:
+            return unit
+        unit = unit / math.sqrt(float(unit @ unit))
+        return torch.exp(unit @ w[h] - 0.5) / math.sqrt(w.shape[2])
+
+    out = torch.zeros_like(v)
+    for b in range(q.shape[0]):
+        for h in range(HEADS):
+            for i in range(q.shape[1]):
+                keys = [j for j in range(q.shape[1]) if (mask is None or mask[b, j]) and (j <= i or not causal)]
+                middle = bias.shape[1] // 2
+                c = [math.exp(bias[h % len(bias), middle + j - i]) for j in keys]
+                weights = [c[n] * float(phi(q[b, i], h) @ phi(k[b, j], h)) for n, j in enumerate(keys)]
+                for j, weight in zip(keys, weights, strict=True):
+                    out[b, i, h * E : (h + 1) * E] += weight / sum(weights) * v[b, j, h * E : (h + 1) * E]
+    return out
+
+
+def manhattan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    *,
+    heads: int,
+    scale: float,
+    rows: int,
+    columns: int,
+    decomposed: bool = False,
+) -> torch.Tensor:
+    gamma = log_decay.exp().tolist()
+
+    def attend(values: torch.Tensor, groups: list[list[int]]) -> torch.Tensor:
+        out = torch.zeros_like(values)
+        for b in range(q.shape[0]):
+            for h in range(HEADS):
+                for group in groups:
+                    for i in group:
+                        query = q[b, i, h * D : (h + 1) * D]
+                        weights = softmax([scale * float(query @ k[b, j, h * D : (h + 1) * D]) for j in group])
+                        for j, weight in zip(group, weights, strict=True):
+                            far = abs(i // columns - j // columns) + abs(i % columns - j % columns)
+                            value = values[b, j, h * E : (h + 1) * E]
+                            out[b, i, h * E : (h + 1) * E] += weight * gamma[h] ** far * value
+        return out
+
+    if not decomposed:
+        return attend(v, [list(range(rows * columns))])
+    across = attend(v, [[y * columns + x for x in range(columns)] for y in range(rows)])
+    return attend(across, [[y * columns + x for y in range(rows)] for x in range(columns)])
+
+
 WINDOW = {"heads": HEADS, "scale": 0.7}
 # 16 queries together
 PAIRS = 2 * 2 * HEADS * (D + E)
@@ -324,6 +392,30 @@ CASES = [
         )
     ),
     Case(
+        "toeplitz_attention",
+        lambda: (*qkv(9), randn(HEADS, 21), padding(9), randn(HEADS, D, 4)),
+        toeplitz,
+        4 * 2 * 9 * HEADS * D * 4 + 4 * 9 * 9 * HEADS * (4 + E),
+        {"heads": HEADS, "causal": True},
+    ),
+    Case(
+        "toeplitz_attention",
+        lambda: (*(x.abs() for x in qkv(9)), randn(1, 17)),
+        toeplitz,
+        4 * 9 * 9 * HEADS * (D + E),
+        {"heads": HEADS},
+    ),
+    *(
+        Case(
+            "manhattan_attention",
+            lambda: (*qkv(12), -torch.rand(HEADS, dtype=DOUBLE)),
+            manhattan,
+            4 * 12 * (7 if decomposed else 12) * HEADS * (D + E),
+            {**WINDOW, "rows": 3, "columns": 4, "decomposed": decomposed},
+        )
+        for decomposed in (False, True)
+    ),
+    Case(
         "xca",
         lambda: (randn(2, 9, 6), randn(2, 9, 6), randn(2, 9, 6), torch.rand(2, dtype=DOUBLE) + 1),
         channels,
@@ -396,6 +488,15 @@ def test_gradients(case: Case) -> None:
 
     inputs = [arguments[i].clone().requires_grad_() for i in positions]  # type: ignore[union-attr]
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("T", [1, 2, 33])
+@pytest.mark.parametrize("causal", [False, True])
+def test_toeplitz_attention_is_the_same_by_fourier_transforms(T: int, causal: bool) -> None:
+    arguments, w = (*qkv(T), randn(HEADS, 2 * 40 - 1)), randn(HEADS, D, 4)
+    found = toeplitz_attention_fft(*arguments, w, heads=HEADS, causal=causal)
+    expected = xf.toeplitz_attention(*arguments, None, w, heads=HEADS, causal=causal)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("T", [1, 5, 70])
@@ -483,6 +584,12 @@ QKV = ((1, 5, 6), (1, 5, 6), (1, 5, 6))
             "one key for each query",
         ),
         (lambda: xf.prefix_scan_attention(*fake(*QKV), heads=2, scale=1.0), "one query for all tokens"),
+        (lambda: xf.toeplitz_attention(*fake(*QKV, (1, 7)), heads=2), "more tokens than the bias has distances"),
+        (lambda: xf.toeplitz_attention(*fake(*QKV, (1, 10)), heads=2), "no middle"),
+        (
+            lambda: xf.manhattan_attention(*fake(*QKV, (2,)), heads=2, scale=1.0, rows=2, columns=3),
+            "do not fill the grid",
+        ),
         (lambda: xf.xca(*fake(*QKV, (3,)), heads=2), "not one temperature for each head"),
         (lambda: xf.xca(*fake((1, 5, 6), (1, 5, 6), (1, 5, 4), (2,)), heads=2), "disagree on the channels"),
     ],

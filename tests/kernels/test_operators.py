@@ -277,7 +277,9 @@ VARIANTS = {
     "entmax_attention",
     "flow_attention",
     "local_attention",
+    "manhattan_attention",
     "prefix_scan_attention",
+    "toeplitz_attention",
     "xca",
 }
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,14 @@ param %query: f32[6]
 %o0: {OUT} = xf.prefix_scan_attention(%query, %k, %v) {{heads=2, scale=0.7}}
 %o1: {OUT} = xf.prefix_scan_attention(%query, %k, %v, %mask) {{heads=2, scale=30.0}}
 """,
+    "toeplitz_attention": f"""
+param %bias: f32[2,639]
+param %w: f32[2,3,8]
+%plus: f32[batch,length,6] = aten.abs(%q)
+%o0: {OUT} = xf.toeplitz_attention(%q, %k, %v, %bias, none, %w) {{heads=2}}
+%o1: {OUT} = xf.toeplitz_attention(%q, %k, %v, %bias, %mask, %w) {{heads=2, causal=true}}
+%o2: {OUT} = xf.toeplitz_attention(%plus, %plus, %v, %bias, %mask) {{heads=2}}
+""",
     "xca": """
 param %t: f32[2]
 %o0: f32[batch,length,6] = xf.xca(%q, %k, %k, %t) {heads=2}
@@ -97,15 +107,22 @@ def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
     return {**found, "mask": mask}
 
 
-def check(exported: Exported, choice: dict[str, str]) -> None:
+def open_session(exported: Exported, choice: dict[str, str]) -> Any:
+    import onnx_ir as ir
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    import onnx_ir as ir
+    blob = ir.serde.serialize_model(build_graph(exported, choice).model).SerializeToString()
+    return ort.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
 
-    model = build_graph(exported, choice).model
-    blob = ir.serde.serialize_model(model).SerializeToString()
-    session = ort.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+
+def run(exported: Exported, given: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    return open_session(exported, {}).run(None, {name: value.numpy() for name, value in given.items()})
+
+
+def check(exported: Exported, choice: dict[str, str]) -> None:
+    session = open_session(exported, choice)
     known = {value.name for value in session.get_inputs()}
     for batch, length in SIZES:
         given = {name: value for name, value in inputs(batch, length).items() if name in known}
@@ -128,6 +145,29 @@ def test_every_form_runs_as_the_reference(name: str) -> None:
         check(exported, {} if form is None else {operator: form})
 
 
+GRID = """
+program "grid" lifted
+dim batch in [1, inf]
+input %q: f32[batch,35,6]
+input %k: f32[batch,35,6]
+input %v: f32[batch,35,10]
+param %rate: f32[2]
+%size: f32[2] = aten.abs(%rate)
+%decay: f32[2] = aten.neg(%size)
+%o0: f32[batch,35,10] = xf.manhattan_attention(%q, %k, %v, %decay) {heads=2, scale=0.7, rows=5, columns=7}
+%o1: f32[batch,35,10] = xf.manhattan_attention(%q, %k, %v, %decay) \
+{heads=2, scale=0.7, rows=5, columns=7, decomposed=true}
+return o0=%o0, o1=%o1
+"""
+
+
+def test_manhattan_attention_runs_as_the_reference() -> None:
+    exported = export_onnx(Program.parse(GRID))
+    found = run(exported, grid := {key: value for key, value in inputs(3, 35).items() if key != "mask"})
+    for name, have in zip(("o0", "o1"), found, strict=True):
+        np.testing.assert_allclose(have, exported.program.run(grid)[name].numpy(), rtol=1e-4, atol=1e-5)
+
+
 BAND = """
 program "band" lifted
 dim batch in [1, inf]
@@ -146,14 +186,8 @@ def test_block_sparse_attention_computes_only_blocks_that_are_kept() -> None:
     model = build_graph(exported, {}).model
     tables = [v.const_value.numpy() for v in model.graph.initializers.values() if "int64.5x1." in (v.name or "")]
     assert [table.reshape(-1).tolist() for table in tables] == [[0, 1, 2, 3, 4]]
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    import onnx_ir as ir
-
-    blob = ir.serde.serialize_model(model).SerializeToString()
-    session = ort.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
     given = {"q": torch.randn(2, 100, 6), "k": torch.randn(2, 70, 6), "v": torch.randn(2, 70, 10)}
-    found = session.run(None, {name: value.numpy() for name, value in given.items()})[0]
+    found = run(exported, given)[0]
     np.testing.assert_allclose(found, exported.program.run(given)["o"].numpy(), atol=1e-5)
     # what no block is kept for
     assert not found[:, 80:].any()
