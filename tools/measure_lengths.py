@@ -29,13 +29,11 @@ from xformopt.lowering.onnx_export import Exported, export_onnx
 from xformopt.lowering.onnx_files import CandidateFolder
 from xformopt.lowering.onnx_forms import build_graph, offered_forms
 from xformopt.measure.machine import describe_machine
-from xformopt.measure.memory import peak_memory_bytes, reset_peak_memory, resident_memory_bytes
-from xformopt.measure.onnx_file import OnnxFileRunner
 from xformopt.measure.statistics import median_interval, percentiles
-from xformopt.measure.timing import time_round, warm_up
 from xformopt.program import Program
 
-RESULTS = Path(__file__).parent / "results"
+TOOLS = Path(__file__).parent
+RESULTS = TOOLS / "results"
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 HEADS, DEPTH = 8, 64
 WIDTH = HEADS * DEPTH
@@ -147,7 +145,7 @@ def measure_length(length: int, threads: int, rounds: int) -> list[dict[str, Any
 
 def in_a_process(path: Path, folder: Path, threads: int) -> dict[str, Any]:
     """Run one graph in a fresh process and return its samples and its memory, or why it failed."""
-    command = [sys.executable, __file__, "--one", str(path), str(folder), "--threads", str(threads)]
+    command = [sys.executable, str(TOOLS / "run_graph.py"), str(path), str(folder), str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -156,31 +154,14 @@ def in_a_process(path: Path, folder: Path, threads: int) -> dict[str, Any]:
     return answer
 
 
-def run_one(path: Path, folder: Path, threads: int) -> None:
-    arrays = dict(np.load(folder / "inputs.npz"))
-    runner = OnnxFileRunner(path, threads=threads)
-    reset_peak_memory()
-    before = resident_memory_bytes()
-    output = runner.run(arrays)["o"]
-    peak = peak_memory_bytes() - before
-    np.save(folder / "output.npy", output)
-    warm_up(lambda: runner.run(arrays), 0.2)
-    samples = time_round(lambda: runner.run(arrays), 0.5)
-    print(json.dumps({"samples_ms": samples, "peak_memory_bytes": peak}))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "lengths.json")
-    parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    if chosen.one:
-        run_one(*chosen.one, chosen.threads)
-        return
     rows: list[dict[str, Any]] = []
     for length in map(int, chosen.lengths.split(",")):
         rows += measure_length(length, chosen.threads, chosen.rounds)
