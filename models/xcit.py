@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from xformopt.kernels.definition import xf
 from xformopt.models.architecture import Architecture
 from xformopt.models.blocks import (
     Attention,
@@ -74,11 +74,8 @@ class CrossCovarianceAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` to the same shape."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, D]
-        q, k, v = qkv.permute(2, 0, 3, 4, 1).unbind(0)  # each [B, H, D, T]
-        q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
-        weights = (q @ k.transpose(-1, -2) * self.temperature).softmax(-1)  # [B, H, D, D]
-        x = self.output((weights @ v).permute(0, 3, 1, 2).flatten(2))
+        q, k, v = self.qkv(x).chunk(3, -1)  # each [B, T, C]
+        x = self.output(xf.xca(q, k, v, self.temperature.flatten(), heads=self.heads))
         return x
 
 

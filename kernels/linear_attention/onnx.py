@@ -8,6 +8,7 @@ import numpy as np
 
 from xformopt.kernels.chunks import CHUNK
 from xformopt.kernels.onnx_chunks import from_chunks, heads_in_chunks, product_with_transposed, running_sum
+from xformopt.kernels.onnx_features import apart, features, width_of
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
 
 if TYPE_CHECKING:
@@ -18,24 +19,35 @@ __all__ = ["FORMS"]
 
 def states(b: Builder, node: XfNode) -> ir.Value:
     """By the state of all keys; where causal, chunkwise with a running sum of states over the chunks."""
-    q, k = (_feature(b, node, node[name]) for name in ("q", "k"))
+    q, k = (_feature(b, node, node[name], name) for name in ("q", "k"))
     if node["key_mask"] is not None:
         exists = b.op("Unsqueeze", node["key_mask"], b.constant([-1], np.int64))
-        k = b.op("Where", exists, k, b.scalar(0.0, node["k"]))
-    for value, name in ((q, "q"), (k, "k")):
-        value.shape, value.type = node[name].shape, node[name].type
+        masked = b.op("Where", exists, k, b.scalar(0.0, node["k"]))
+        masked.shape, masked.type = k.shape, k.type
+        k = masked
     return (_causal if node["causal"] else _bidirectional)(b, node, q, k)
 
 
-def _feature(b: Builder, node: XfNode, x: ir.Value) -> ir.Value:
-    if node["feature"] == "given":
-        return b.op("Identity", x)
-    return b.op("Add", b.op("Elu", x), b.scalar(1.0, x))
+def _feature(b: Builder, node: XfNode, x: ir.Value, name: str) -> ir.Value:
+    """Return the features of queries or keys, ``[B, T, heads * F]``."""
+    import onnx_ir as ir
+
+    feature, sizes = node["feature"], list(node[name].shape)
+    if node["projection"] is None:
+        mapped = features(b, node, x, feature)
+    else:
+        F = width_of(node, feature)
+        heads = apart(b, node, x, node.size(name, -1) // node["heads"])
+        together = b.op("Transpose", features(b, node, heads, feature), perm=[0, 2, 1, 3])
+        mapped = b.reshape(together, 0, 0, node["heads"] * F)
+        sizes[-1] = node["heads"] * F
+    mapped.shape, mapped.type = ir.Shape(sizes), node[name].type
+    return mapped
 
 
 def _bidirectional(b: Builder, node: XfNode, q: ir.Value, k: ir.Value) -> ir.Value:
     heads, width = node["heads"], node.size("v", -1)
-    D, E = node.size("q", -1) // heads, width // heads
+    D, E = width_of(node, node["feature"]), width // heads
     queries = b.op("Transpose", b.reshape(q, 0, 0, heads, D), perm=[0, 2, 1, 3])  # [B, H, T, D]
     keys = b.op("Transpose", b.reshape(k, 0, 0, heads, D), perm=[0, 2, 3, 1])  # [B, H, D, S]
     values = b.op("Transpose", b.reshape(node["v"], 0, 0, heads, E), perm=[0, 2, 1, 3])  # [B, H, S, E]
@@ -48,7 +60,7 @@ def _bidirectional(b: Builder, node: XfNode, q: ir.Value, k: ir.Value) -> ir.Val
 
 def _causal(b: Builder, node: XfNode, q: ir.Value, k: ir.Value) -> ir.Value:
     heads, width = node["heads"], node.size("v", -1)
-    D, E = node.size("q", -1) // heads, width // heads
+    D, E = width_of(node, node["feature"]), width // heads
     queries, keys = (heads_in_chunks(b, x, heads, D) for x in (q, k))
     values = heads_in_chunks(b, node["v"], heads, E)
     allowed = b.constant(np.tri(CHUNK), node["q"].dtype.numpy())

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional
 
 from xformopt.kernels.chunks import CHUNK, from_chunks, in_chunks, join_heads, split_heads
+from xformopt.kernels.features import feature_map
 
-__all__ = ["FEATURES", "linear_attention", "linear_attention_masked", "linear_attention_step"]
-
-# what is done to queries and keys first; "given": the caller did it
-FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "elu": lambda x: functional.elu(x) + 1,
-    "given": lambda x: x,
-}
+__all__ = ["linear_attention", "linear_attention_masked", "linear_attention_step"]
 
 
 def linear_attention(
@@ -23,6 +16,7 @@ def linear_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
     *,
     heads: int,
     feature: str = "elu",
@@ -38,8 +32,10 @@ def linear_attention(
         k: Keys, ``[B, S, heads * D]``; causal attention has ``S = T``.
         v: Values, ``[B, S, heads * E]``.
         key_mask: Which keys exist, ``[B, S]`` bool (True: attend).
+        projection: The matrix of the feature maps that have one, ``[heads, D, m]``.
         heads: Number of heads.
-        feature: ``elu`` for ``phi(x) = elu(x) + 1``; ``given`` where q and k are features already.
+        feature: The map ``phi``: ``elu``, ``positive``, ``hedgehog`` (see ``kernels/features.py``), or ``given`` where
+            q and k are features already.
         causal: A token attends to itself and to those before it.
         normalize: Whether the sum of weights divides the result.
         eps: Added to that sum.
@@ -50,7 +46,7 @@ def linear_attention(
 
     """
     T, E = q.shape[1], v.shape[2] // heads
-    q, k, v = _features(q, k, v, key_mask, heads, feature)
+    q, k, v = _features(q, k, v, key_mask, projection, heads, feature)
     # a value of one beside the others sums up the weights themselves
     v = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalize else v  # [B, H, S, E + 1]
     if causal:
@@ -64,12 +60,22 @@ def linear_attention(
 
 
 def _features(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, heads: int, feature: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    projection: torch.Tensor | None,
+    heads: int,
+    feature: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return features of queries and keys and the values, heads apart; keys that do not exist are zero."""
-    phi = FEATURES[feature]
-    features = phi(k) if key_mask is None else phi(k).masked_fill(~key_mask.unsqueeze(-1), 0.0)
-    return split_heads(phi(q), heads), split_heads(features, heads), split_heads(v, heads)
+    if projection is None:
+        # elementwise, so that heads need not be apart
+        queries, keys = (split_heads(feature_map(x, feature, None), heads) for x in (q, k))
+    else:
+        queries, keys = (feature_map(split_heads(x, heads), feature, projection) for x in (q, k))
+    features = keys if key_mask is None else keys.masked_fill(~key_mask[:, None, :, None], 0.0)
+    return queries, features, split_heads(v, heads)
 
 
 def linear_attention_masked(
@@ -77,6 +83,7 @@ def linear_attention_masked(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
     *,
     heads: int,
     feature: str = "elu",
@@ -85,7 +92,7 @@ def linear_attention_masked(
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """The form of attention: all weights ``phi(q) phi(k)^T``, masked, each row divided by its sum; quadratic in T."""
-    q, k, v = _features(q, k, v, key_mask, heads, feature)
+    q, k, v = _features(q, k, v, key_mask, projection, heads, feature)
     weights = q @ k.transpose(-1, -2)  # [B, H, T, S]
     if causal:
         weights = weights.tril()
@@ -97,6 +104,7 @@ def linear_attention_step(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    projection: torch.Tensor | None = None,
     *,
     heads: int,
     feature: str = "elu",
@@ -105,10 +113,11 @@ def linear_attention_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of causal attention, ``[B, heads * D]``, to the next state and ``[B, heads * E]``.
 
-    The state is ``[B, heads, D, E + 1]``, its last column the sum of key features; ``E`` wide without normaliser.
+    The state is ``[B, heads, F, E + 1]`` for F features, its last column the sum of key features; ``E`` wide without
+    normaliser.
     """
-    phi = FEATURES[feature]
-    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (phi(q), phi(k), v))  # [B, H, D or E]
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # [B, H, D or E]
+    q, k = (feature_map(x.unsqueeze(2), feature, projection).squeeze(2) for x in (q, k))  # [B, H, F]
     v = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalize else v
     state = state + k.unsqueeze(-1) * v.unsqueeze(-2)
     summed = (q.unsqueeze(-2) @ state).squeeze(-2)

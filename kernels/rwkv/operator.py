@@ -15,20 +15,23 @@ __all__ = ["OPERATOR"]
 _PLUS = 11
 
 
-def _infer(k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
+def _infer(k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, bonus: torch.Tensor, **_: Any) -> torch.Tensor:
     torch._check(k.shape[2] == v.shape[2], lambda: "k and v disagree on the channels")
     torch._check(log_decay.shape[0] == bonus.shape[0] == k.shape[2], lambda: "a channel has no decay or no bonus")
     return v.new_empty(v.shape)
 
 
-def _flops(k: torch.Tensor, *_: Any) -> Any:
-    """Three additions of sums an element (in the chunk, what came before it, the token itself), aged, and a mean."""
-    return (3 * (_PLUS + 1) + 1) * k.numel()
+def _flops(k: torch.Tensor, *_: Any, bidirectional: bool = False) -> Any:
+    """Three additions of sums an element (in the chunk, what came before it, the token itself), aged, and a mean.
+
+    In both directions two more in chunks and one of the directions.
+    """
+    return ((6 if bidirectional else 3) * (_PLUS + 1) + 1) * k.numel()
 
 
 OPERATOR = Operator(
     name="rwkv",
-    schema="(Tensor k, Tensor v, Tensor log_decay, Tensor bonus) -> Tensor",
+    schema="(Tensor k, Tensor v, Tensor log_decay, Tensor bonus, *, bool bidirectional=False) -> Tensor",
     reference=rwkv,
     infer=_infer,
     flops=_flops,

@@ -45,24 +45,44 @@ def _nothing(like: torch.Tensor) -> _Sum:
 
 
 def rwkv(
-    k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, bonus: torch.Tensor, *, chunk: int = CHUNK
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    bonus: torch.Tensor,
+    *,
+    bidirectional: bool = False,
+    chunk: int = CHUNK,
 ) -> torch.Tensor:
     """The mean of the values so far, value i at t weighted ``exp(k_i + (t - 1 - i) log_decay)``.
 
     The token's own value is weighted ``exp(k_t + bonus)``.  Equation 14 of RWKV (Peng et al., arXiv 2305.13048), each
-    channel by itself.  All chunks take their first token at
-    once, then their second, and so on; what came before a chunk is added afterwards.
+    channel by itself.  Bidirectional, it is the mean of all values, weighted ``exp(k_i + (|t - i| - 1) log_decay)``
+    (Vision-RWKV, Duan et al., arXiv 2403.02308, equation 3, where ``log_decay`` is ``-w / T``).
 
     Args:
         k: Keys, ``[B, T, C]``.
         v: Values, ``[B, T, C]``.
         log_decay: What a weight loses with each token, ``[C]``, not positive: the paper's ``-w``.
         bonus: The paper's ``u``, ``[C]``.
+        bidirectional: Whether later tokens count as well.
         chunk: Tokens of a chunk; the result does not depend on it.
 
     Returns:
         ``[B, T, C]``.
 
+    """
+    others = _before(k, v, log_decay, chunk)
+    if bidirectional:
+        later = _before(k.flip(1), v.flip(1), log_decay, chunk)
+        others = others.plus(_Sum(*(x.flip(1) for x in later)))
+    return others.plus(_Sum(v, torch.ones_like(v), k).aged(bonus)).mean()
+
+
+def _before(k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, chunk: int) -> _Sum:
+    """Return the sum over all tokens before each, ``[B, T, C]``.
+
+    All chunks take their first token at once, then their second, and so on; what came before a chunk is added
+    afterwards.
     """
     keys, values = (in_chunks(x.unsqueeze(1), chunk).squeeze(1) for x in (k, v))  # [B, n, L, C]
     token = _Sum(values, torch.ones_like(values), keys)
@@ -79,15 +99,18 @@ def rwkv(
     age = torch.arange(chunk, dtype=k.dtype, device=k.device)[:, None]  # [L, 1]
     older = _Sum(*(torch.stack(x, 1).unsqueeze(2) for x in zip(*before_chunk, strict=True)))  # [B, n, 1, C]
     past = older.aged(age * log_decay).plus(_Sum(*(torch.stack(x, 2) for x in zip(*before_token, strict=True))))
-    out = past.plus(token.aged(bonus)).mean()
-    return out.flatten(1, 2)[:, : k.shape[1]].contiguous()
+    return _Sum(*(x.flatten(1, 2)[:, : k.shape[1]] for x in past))
 
 
-def rwkv_masked(k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
-    """The form of attention: for each channel a softmax over all earlier tokens; quadratic in T."""
+def rwkv_masked(
+    k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, bonus: torch.Tensor, *, bidirectional: bool = False
+) -> torch.Tensor:
+    """The form of attention: for each channel a softmax over all tokens that count; quadratic in T."""
     at = torch.arange(k.shape[1], device=k.device)
-    age = (at[:, None] - at - 1).unsqueeze(-1)  # [T, T, 1]
-    exponents = torch.where(age < 0, bonus, age * log_decay).masked_fill(age < -1, float("-inf"))
+    back = (at[:, None] - at).unsqueeze(-1)  # [T, T, 1]
+    exponents = torch.where(back == 0, bonus, (back.abs() - 1) * log_decay)
+    if not bidirectional:
+        exponents = exponents.masked_fill(back < 0, float("-inf"))
     weights = (exponents + k.unsqueeze(1)).softmax(2)  # [B, T, T, C]
     return (weights * v.unsqueeze(1)).sum(2)
 

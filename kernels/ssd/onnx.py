@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["FORMS"]
 
 
-def chunked(b: Builder, node: XfNode) -> ir.Value:
+def states_read(b: Builder, node: XfNode) -> ir.Value:
+    """By chunks, or by the one state of all tokens where not causal; and what goes past."""
+    out = _chunked(b, node) if node["causal"] else _global(b, node)
+    if node["d"] is None:
+        return out
+    heads, width = node["heads"], node.size("x", -1)
+    each = b.op("Mul", b.reshape(node["x"], 0, 0, heads, width // heads), b.reshape(node["d"], heads, 1))
+    return b.op("Add", out, b.reshape(each, 0, 0, width))
+
+
+def _chunked(b: Builder, node: XfNode) -> ir.Value:
     """Chunkwise, b and c multiplied once for each group; a Scan hands the states from chunk to chunk."""
     heads, groups, width = node["heads"], node["groups"], node.size("x", -1)
     P, N = width // heads, node.size("b", -1) // groups
@@ -34,11 +44,21 @@ def chunked(b: Builder, node: XfNode) -> ir.Value:
     added.type = left.type = x.type
     before = states(b, added, left, heads, N, P)
     reading = b.op("MatMul", _for_heads(b, node, read), before)
-    out = from_chunks(b, b.op("Add", inside, b.op("Mul", reading, since_start)), node["x"], width)
-    if node["d"] is None:
-        return out
-    each = b.op("Mul", b.reshape(node["x"], 0, 0, heads, P), b.reshape(node["d"], heads, 1))
-    return b.op("Add", out, b.reshape(each, 0, 0, width))
+    return from_chunks(b, b.op("Add", inside, b.op("Mul", reading, since_start)), node["x"], width)
+
+
+def _global(b: Builder, node: XfNode) -> ir.Value:
+    """One state for all tokens, each weighed by its step and its head's rate."""
+    heads, groups, width = node["heads"], node["groups"], node.size("x", -1)
+    P, N = width // heads, node.size("b", -1) // groups
+    weights = b.op("Abs", b.op("Mul", node["dt"], node["a"]))  # [B, T, H]
+    weighed = b.op("Mul", b.reshape(node["x"], 0, 0, heads, P), b.op("Unsqueeze", weights, b.constant([-1], np.int64)))
+    inputs = b.op("Transpose", weighed, perm=[0, 2, 1, 3])  # [B, H, T, P]
+    write = b.op("Transpose", b.reshape(node["b"], 0, 0, groups, N), perm=[0, 2, 3, 1])  # [B, G, N, T]
+    read = b.op("Transpose", b.reshape(node["c"], 0, 0, groups, N), perm=[0, 2, 1, 3])
+    state = b.op("MatMul", _for_heads(b, node, write), inputs)  # [B, H, N, P]
+    out = b.op("MatMul", _for_heads(b, node, read), state)
+    return b.reshape(b.op("Transpose", out, perm=[0, 2, 1, 3]), 0, 0, width)
 
 
 def _decays(b: Builder, node: XfNode, step: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -61,4 +81,4 @@ def _for_heads(b: Builder, node: XfNode, value: ir.Value) -> ir.Value:
     return b.op("Gather", value, b.constant(np.arange(heads) // (heads // groups), np.int64), axis=1)
 
 
-FORMS = (Form("chunked", chunked, is_standard=True),)
+FORMS = (Form("chunked", states_read, is_standard=True),)

@@ -19,9 +19,13 @@ def ssd(
     *,
     heads: int,
     groups: int = 1,
+    causal: bool = True,
     chunk: int = CHUNK,
 ) -> torch.Tensor:
     """``h_t = exp(dt_t a) h_{t-1} + b_t (dt_t x_t)^T, y_t = c_t h_t + d x_t`` per head (Dao and Gu, arXiv 2405.21060).
+
+    Not causal, all tokens read one state: ``y_i = c_i sum_j |dt_j a| b_j x_j^T + d x_i`` (VSSD, Shi et al., arXiv
+    2407.18559, as its code weighs the tokens).
 
     Args:
         x: Inputs, ``[B, T, heads * P]``.
@@ -32,7 +36,8 @@ def ssd(
         d: How much of the input is added to the output, ``[heads]``.
         heads: Number of heads.
         groups: Of ``b`` and ``c``; each serves ``heads / groups`` adjacent heads.
-        chunk: Tokens that are computed together; the result does not depend on it.
+        causal: Whether a token reads what was written up to it, or by all tokens.
+        chunk: Tokens of the causal form that are computed together; the result does not depend on it.
 
     Returns:
         ``[B, T, heads * P]``.
@@ -41,7 +46,10 @@ def ssd(
     read, write = (split_heads(v, groups).repeat_interleave(heads // groups, 1) for v in (c, b))  # [B, H, T, N]
     inputs = split_heads(x, heads)  # [B, H, T, P]
     step = dt.transpose(1, 2)  # [B, H, T]
-    out = decayed_attention(read, write, inputs * step.unsqueeze(-1), step * a[:, None], chunk)
+    if causal:
+        out = decayed_attention(read, write, inputs * step.unsqueeze(-1), step * a[:, None], chunk)
+    else:
+        out = read @ (write.transpose(-1, -2) @ (inputs * (step * a[:, None]).abs().unsqueeze(-1)))
     return join_heads(out if d is None else out + d[:, None, None] * inputs)
 
 

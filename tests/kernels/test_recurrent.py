@@ -269,6 +269,47 @@ def test_causal_linear_attention_skips_padding() -> None:
     torch.testing.assert_close(found[:, 3:], alone, **CLOSE)
 
 
+@pytest.mark.parametrize("T", [1, 2, 70])
+@pytest.mark.parametrize("strong", [False, True], ids=["mild", "strong"])
+def test_rwkv_in_both_directions(T: int, strong: bool) -> None:
+    arguments = CASES["rwkv"].inputs(2, T, strong)
+    found = xf.rwkv(*arguments, bidirectional=True)
+    torch.testing.assert_close(found, wkv.rwkv_masked(*arguments, bidirectional=True), **CLOSE)
+    torch.testing.assert_close(
+        found, xf.rwkv(*(x.flip(1) if x.dim() == 3 else x for x in arguments), bidirectional=True).flip(1), **CLOSE
+    )
+    if not strong:
+        k, v, log_decay, bonus = arguments
+        weights = [
+            [(k[:, i] + (bonus if i == t else (abs(t - i) - 1) * log_decay)).exp() for i in range(T)] for t in range(T)
+        ]
+        means = [sum(w * v[:, i] for i, w in enumerate(row)) / sum(row) for row in weights]
+        torch.testing.assert_close(found, torch.stack(means, 1), **CLOSE)
+    assert load_operators()["rwkv"].flops(*arguments, bidirectional=True) == 73 * 2 * T * E
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_ssd_that_is_not_causal_has_one_state(groups: int) -> None:
+    T, heads = 7, 4
+    x, dt, a, b, c, d = space(2, T, False, heads * E, heads, heads)
+    found = xf.ssd(x, dt, a, b, c, d, heads=heads, groups=groups, causal=False)
+    expected = torch.zeros_like(found).unflatten(-1, (heads, E))
+    N = 6 // groups
+    for h in range(heads):
+        part = slice(h * groups // heads * N, (h * groups // heads + 1) * N)
+        inputs = x.unflatten(-1, (heads, E))[:, :, h]
+        for i in range(T):
+            for j in range(T):
+                weight = (c[:, i, part] * b[:, j, part]).sum(-1) * dt[:, j, h] * a[h].abs()
+                expected[:, i, h] += weight[:, None] * inputs[:, j]
+            expected[:, i, h] += d[h] * inputs[:, i]
+    torch.testing.assert_close(found, expected.flatten(2), **CLOSE)
+    operator, options = load_operators()["ssd"], {"heads": heads, "groups": groups, "causal": False}
+    assert operator.flops(x, dt, a, b, c, d, **options) == 4 * 2 * T * heads * N * E
+    given = tuple(value.requires_grad_() for value in (x, dt, a, b, c, d))
+    assert torch.autograd.gradcheck(lambda *v: operator.overload(*v, **options), given, fast_mode=True)
+
+
 def fake(*shapes: tuple[int, ...]) -> Tensors:
     return tuple(torch.empty(shape, device="meta") for shape in shapes)
 
@@ -300,8 +341,22 @@ def fake(*shapes: tuple[int, ...]) -> Tensors:
             "one key for each query",
         ),
         (
+            lambda: xf.linear_attention(*fake((1, 5, 6), (1, 5, 6), (1, 5, 6)), heads=2, feature="positive"),
+            "feature 'positive' has a projection",
+        ),
+        (
+            lambda: xf.linear_attention(*fake((1, 5, 6), (1, 5, 6), (1, 5, 6)), None, *fake((2, 3, 4)), heads=2),
+            "feature 'elu' has no projection",
+        ),
+        (
+            lambda: xf.linear_attention(
+                *fake((1, 5, 6), (1, 5, 6), (1, 5, 6)), None, *fake((2, 4, 4)), heads=2, feature="hedgehog"
+            ),
+            "disagree on the heads or their width",
+        ),
+        (
             lambda: xf.linear_attention(*fake((1, 5, 6), (1, 5, 6), (1, 5, 6)), heads=2, feature="exp"),
-            "feature 'exp' is not one of elu, given",
+            "feature 'exp' is not one of elu, given, positive, hedgehog",
         ),
     ],
 )

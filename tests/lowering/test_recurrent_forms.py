@@ -64,6 +64,27 @@ param %rate: f32[6]
 %mean: f32[batch,length,6] = xf.rwkv(%big, %q, %w, %u)
 %o: f32[batch,length,6] = aten.add.Tensor(%mean, %q)
 """,
+    "rwkv in both directions": """param %u: f32[6]
+param %rate: f32[6]
+%size: f32[6] = aten.abs(%rate)
+%w: f32[6] = aten.mul.Scalar(%size) {other=SLOPE}
+%big: f32[batch,length,6] = aten.mul.Scalar(%k) {other=SLOPE}
+%mean: f32[batch,length,6] = xf.rwkv(%big, %q, %w, %u) {bidirectional=true}
+%one: f32[batch,length,6] = aten.add.Tensor(%mean, %q)
+%wide: f32[batch,length,10] = aten.add.Scalar(%v) {other=1.0}
+%first: f32[batch,length,6] = aten.slice.Tensor(%wide) {dim=2, end=6}
+%o: f32[batch,length,6] = aten.add.Tensor(%one, %first)
+""",
+    "ssd that is not causal": """param %d: f32[2]
+%rates: f32[batch,length,2] = aten.slice.Tensor(%v) {dim=2, end=2}
+%dt: f32[batch,length,2] = aten.sigmoid(%rates)
+param %rate: f32[2]
+%size: f32[2] = aten.abs(%rate)
+%a: f32[2] = aten.mul.Scalar(%size) {other=SLOPE}
+%one: f32[batch,length,10] = xf.ssd(%v, %dt, %a, %q, %k, %d) {heads=2, causal=false}
+%two: f32[batch,length,10] = xf.ssd(%v, %dt, %a, %q, %k) {heads=2, groups=2, causal=false}
+%o: f32[batch,length,10] = aten.add.Tensor(%one, %two)
+""",
     "causal": """%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v) {heads=2, causal=true}
 """,
     "causal without sum": """%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v) \
@@ -71,6 +92,15 @@ param %rate: f32[6]
 """,
     "causal with padding": """%exists: bool[batch,length] = aten.gt.Scalar(%mask) {other=0}
 %o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v, %exists) {heads=2, causal=true}
+""",
+    "positive features": """param %w: f32[2,3,7]
+%exists: bool[batch,length] = aten.gt.Scalar(%mask) {other=0}
+%o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v, %exists, %w) {heads=2, causal=true, feature=positive}
+""",
+    "learned features": """param %w: f32[2,3,4]
+%one: f32[batch,length,10] = xf.linear_attention(%q, %k, %v, none, %w) {heads=2, causal=true, feature=hedgehog}
+%two: f32[batch,length,10] = xf.linear_attention(%q, %k, %v, none, %w) {heads=2, feature=hedgehog}
+%o: f32[batch,length,10] = aten.add.Tensor(%one, %two)
 """,
     "bidirectional": """%exists: bool[batch,length] = aten.gt.Scalar(%mask) {other=0}
 %o: f32[batch,length,10] = xf.linear_attention(%q, %k, %v, %exists) {heads=2}

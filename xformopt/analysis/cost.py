@@ -98,7 +98,13 @@ def _node_cost(program: Program, node: fx.Node, sizes: Mapping[str, int]) -> Nod
     def concrete(argument: fx.Node) -> Any:
         return _concrete(program, argument.meta["val"], sizes)
 
-    args, kwargs = fx.map_arg(node.args, concrete), fx.map_arg(node.kwargs, concrete)
+    def known(argument: fx.Node) -> Any:
+        """Which blocks a mask keeps is what an operator with one costs."""
+        value = program.parameters.get(str(argument.target)) if argument.op == "get_attr" else None
+        return value if value is not None and value.dtype == torch.bool else concrete(argument)
+
+    given = concrete if find_operator(node.target) is None else known
+    args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
     result = _concrete(program, node.meta["val"], sizes)
     moved = 0 if _is_free(node) else _bytes_moved(node, [concrete(a) for a in node.all_input_nodes], result)
     flops = _flops(node, args, kwargs, result)
