@@ -1,0 +1,200 @@
+"""What the passes that make tokens fewer share: how many leave behind which layer, as asked for or by a budget."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import fx
+
+from xformopt.analysis import cost
+from xformopt.errors import PassError
+from xformopt.passes.fuse.fuse_add_norm import FuseAddNorm
+from xformopt.passes.token_flow import Amount, Reducer, shorten
+from xformopt.passes.token_stream import Refusal, TokenStream, find_stream, place_of, plain
+from xformopt.pipeline import Context, Effect, Pass, PassResult
+from xformopt.program import Level, Program
+from xformopt.rewrite import Fired, Region, Rejected
+
+__all__ = ["TokenReduction"]
+
+Plan = dict[int, Amount]
+_MOST_PERCENT = 50
+
+
+@dataclass(frozen=True)
+class TokenReduction(Pass):
+    """A pass that lets tokens leave behind layers of attention, by a schedule that is fixed when it runs.
+
+    Attributes:
+        r: Tokens that leave behind each layer; None: as ``percent`` or ``fewer_flops`` say.
+        percent: The same as a share of the tokens there are, which lengths that vary need.
+        fewer_flops: Share of the program's floating-point operations to save, at its example sizes.
+        layers: Behind which layers tokens leave, counted from 0.
+        prefix: Tokens at the front that stay; None: class and distillation token, where they are found.
+
+    """
+
+    r: int | None = None
+    percent: int | None = None
+    fewer_flops: float = 0.3
+    layers: tuple[int, ...] | None = None
+    prefix: int | None = None
+
+    effect: ClassVar[Effect] = "approximate"
+
+    def __post_init__(self) -> None:
+        if self.r is not None and self.r < 0:
+            raise ValueError(f"r must not be negative, but is {self.r}")
+        if self.percent is not None and not 0 <= self.percent <= _MOST_PERCENT:
+            raise ValueError(f"percent must lie in [0, {_MOST_PERCENT}], but is {self.percent}")
+        if self.r is not None and self.percent is not None:
+            raise ValueError("r and percent say the same thing in two ways: give one")
+        if not 0 < self.fewer_flops < 1:
+            raise ValueError(f"fewer_flops must lie between 0 and 1, but is {self.fewer_flops}")
+
+    @abstractmethod
+    def reducer(self, program: Program, stream: TokenStream, context: Context) -> Callable[[], Reducer]:
+        """Return what makes a reducer for one walk over ``program``."""
+
+    @abstractmethod
+    def most(self, tokens: int) -> int:
+        """Return how many of ``tokens`` behind the prefix may leave at one place."""
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Find the stream, make the plan, and shorten."""
+        start = plain(program)
+        try:
+            stream = self._stream(start)
+            make = self.reducer(start, stream, context)
+
+            def build(plan: Mapping[int, Amount]) -> Program:
+                return shorten(start, plan, make(), self.prefix)
+
+            plan = self._plan(program, stream, build, context)
+            if not any(plan.values()):
+                return PassResult(program, False, notes=("no token is to leave: nothing was changed",))
+            changed = build(plan)
+        except Refusal as refusal:
+            name = refusal.node.name if refusal.node is not None else ""
+            rejected = Rejected(self.name, place_of(refusal.node), name, refusal.reason)
+            return PassResult(program, False, rejected=(rejected,))
+        if program.level == Level.TARGET:
+            changed = FuseAddNorm().run(changed, context).program
+            changed.level = Level.TARGET
+        saved = 1 - cost(changed).flops / cost(program).flops
+        fired = tuple(self._fired(stream, index) for index, amount in plan.items() if amount)
+        note = f"{_describe(stream, plan)}: {saved:.1%} fewer floating-point operations"
+        return PassResult(changed, True, fired, notes=(note,))
+
+    def _stream(self, program: Program) -> TokenStream:
+        found = find_stream(program)
+        return found if self.prefix is None else replace(found, prefix=self.prefix)
+
+    def _fired(self, stream: TokenStream, index: int) -> Fired:
+        """Record one place; the values before and after differ in shape, so that there is nothing to align."""
+        graph = fx.Graph()
+        graph.output(())
+        return Fired(self.name, place_of(stream.layers[index].stream), *[Region(graph, (), (), {})] * 2)
+
+    def _plan(self, program: Program, stream: TokenStream, build: Callable[[Plan], Program], context: Context) -> Plan:
+        chosen = self._chosen(stream)
+        varies = not isinstance(stream.length, int)
+        if self.percent is not None:
+            return dict.fromkeys(chosen, Amount(percent=self.percent))
+        if self.r is not None:
+            if varies and self.r:
+                raise PassError(
+                    f"The length of {program.name}'s sequences varies ({stream.length}), so that {self.r} tokens may be "
+                    f"more than there are. Give a share with percent, or capture the model at a fixed length."
+                )
+            plan = dict.fromkeys(chosen, Amount(self.r))
+            return plan if varies else self._checked(stream, plan)
+        if varies:
+            levels = _MOST_PERCENT
+            return self._solve(program, build, levels, lambda n: dict.fromkeys(chosen, Amount(percent=n)), context)
+        assert isinstance(stream.length, int)
+        levels = (stream.length - stream.prefix) * len(chosen)
+        return self._solve(program, build, levels, lambda n: self._spread(stream, chosen, n), context)
+
+    def _chosen(self, stream: TokenStream) -> list[int]:
+        count = len(stream.layers)
+        chosen = list(range(count)) if self.layers is None else sorted(set(self.layers))
+        if wrong := [index for index in chosen if not 0 <= index < count]:
+            raise PassError(
+                f"There is no layer {wrong[0]}: the program has {count} layers of attention, 0 to {count - 1}. Name "
+                f"layers among those."
+            )
+        return chosen
+
+    def _checked(self, stream: TokenStream, plan: Plan) -> Plan:
+        """Refuse a plan that takes more tokens than there are."""
+        assert isinstance(stream.length, int)
+        left = stream.length - stream.prefix
+        for index, amount in plan.items():
+            if amount.r > self.most(left):
+                raise PassError(
+                    f"Behind layer {index} there are {left} tokens beside the first {stream.prefix}, of which at most "
+                    f"{self.most(left)} can leave, but r is {amount.r}. Give a smaller r, fewer layers, or a budget "
+                    f"with fewer_flops."
+                )
+            left -= amount.r
+        return plan
+
+    def _spread(self, stream: TokenStream, chosen: list[int], total: int) -> Plan:
+        """Let ``total`` tokens leave, as evenly as it goes, earlier layers first where it does not divide."""
+        assert isinstance(stream.length, int)
+        left, plan = stream.length - stream.prefix, {}
+        for place, index in enumerate(chosen):
+            wanted = total // len(chosen) + (place < total % len(chosen))
+            plan[index] = Amount(min(wanted, self.most(left)))
+            left -= plan[index].r
+        return plan
+
+    def _solve(
+        self,
+        program: Program,
+        build: Callable[[Plan], Program],
+        levels: int,
+        plan_of: Callable[[int], Plan],
+        context: Context,
+    ) -> Plan:
+        """Return the first plan of rising levels that saves what is asked for."""
+        before = cost(program).flops
+        target = before * (1 - self.fewer_flops)
+        known = {0: before}
+
+        def flops(level: int) -> int:
+            if level not in known:
+                context.progress("solving the schedule", len(known), 12)
+                known[level] = cost(build(plan_of(level))).flops
+            return known[level]
+
+        if flops(levels) > target:
+            saved = 1 - flops(levels) / before
+            raise PassError(
+                f"The pass {self.name} cannot save {self.fewer_flops:.0%} of the floating-point operations of "
+                f"{program.name}: with as many tokens leaving as can, it saves {saved:.1%}. Ask for less, or let tokens "
+                f"leave behind more or earlier layers."
+            )
+        few, enough = 0, levels
+        while enough - few > 1:
+            share = (flops(few) - target) / max(flops(few) - flops(enough), 1)
+            # between the two by the straight line, but never so near to an end that the other stays where it is
+            margin = (enough - few) // 8
+            guess = min(max(few + round(share * (enough - few)), few + 1 + margin), enough - 1 - margin)
+            few, enough = (few, guess) if flops(guess) <= target else (guess, enough)
+        return plan_of(enough)
+
+
+def _describe(stream: TokenStream, plan: Plan) -> str:
+    if any(amount.percent for amount in plan.values()):
+        percent = max(amount.percent for amount in plan.values())
+        return f"{percent} percent of the tokens leave behind each of {len(plan)} layers"
+    assert isinstance(stream.length, int)
+    leaving = [amount.r for amount in plan.values()]
+    return (
+        f"{stream.length} tokens become {stream.length - sum(leaving)} ({', '.join(map(str, leaving))} leave in turn)"
+    )
