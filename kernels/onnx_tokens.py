@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xformopt.kernels.onnx_form import Builder, XfNode
-from xformopt.kernels.token_counts import removed_tokens
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ascending", "count", "gather_tokens", "into", "per_row", "removed", "take_every_other"]
+__all__ = ["ascending", "count", "gather_tokens", "into", "per_row", "take_every_other"]
 
 _END = np.iinfo(np.int64).max
 
@@ -20,15 +19,6 @@ _END = np.iinfo(np.int64).max
 def count(b: Builder, node: XfNode, name: str) -> ir.Value:
     """Return how many tokens an operand has, as one element."""
     return b.size(node[name], 1)
-
-
-def removed(b: Builder, node: XfNode, name: str) -> ir.Value:
-    """Return how many of them go by the node's ``prefix``, ``r`` and ``percent``, as one element."""
-    length, (prefix, r, percent) = node.shape(name)[1], (node[key] for key in ("prefix", "r", "percent"))
-    if isinstance(length, int) or not percent:
-        return b.constant([removed_tokens(length, prefix, r, percent)], np.int64)
-    behind = b.op("Sub", count(b, node, name), b.constant([prefix], np.int64))
-    return b.op("Div", b.op("Mul", behind, b.constant([percent], np.int64)), b.constant([100], np.int64))
 
 
 def take_every_other(b: Builder, value: ir.Value, start: int) -> ir.Value:

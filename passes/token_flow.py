@@ -21,27 +21,12 @@ from xformopt.program import Program, infer_value, path_of, value_of
 from xformopt.program.text import target_name
 from xformopt.rewrite import Editor
 
-__all__ = ["Amount", "Flow", "Reducer", "shorten"]
+__all__ = ["Flow", "Reducer", "shorten"]
 
 aten = torch.ops.aten
 
 # the logarithm of a size stays finite; what has no size at all is masked
 _SMALLEST_SIZE = 1e-6
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How many tokens leave at one place: ``r``, or so many percent of those behind the prefix."""
-
-    r: int = 0
-    percent: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.r or self.percent)
-
-    def options(self) -> dict[str, int]:
-        """Return it as an operator takes it."""
-        return {"percent": self.percent} if self.percent else {"r": self.r}
 
 
 @dataclass
@@ -103,8 +88,8 @@ class Reducer(ABC):
     grows: bool = False
 
     @abstractmethod
-    def shorten(self, flow: Flow, layer: TokenLayer, amount: Amount) -> fx.Node:
-        """Insert what makes the stream behind ``layer`` shorter; return it, and record the step in the flow."""
+    def shorten(self, flow: Flow, layer: TokenLayer, r: int) -> fx.Node:
+        """Insert what makes the stream behind ``layer`` shorter by ``r`` tokens; return it, and record the step."""
 
     @abstractmethod
     def read_all(self, flow: Flow, node: fx.Node, value: fx.Node, depth: int) -> fx.Node | None:
@@ -117,7 +102,7 @@ class Reducer(ABC):
         """
 
 
-def shorten(program: Program, plan: Mapping[int, Amount], reducer: Reducer, prefix: int | None = None) -> Program:
+def shorten(program: Program, plan: Mapping[int, int], reducer: Reducer, prefix: int | None = None) -> Program:
     """Return a copy of a plain program with fewer tokens behind the layers named in ``plan``.
 
     Raises:
@@ -139,11 +124,11 @@ def shorten(program: Program, plan: Mapping[int, Amount], reducer: Reducer, pref
     return copy.drop_unused()
 
 
-def _shorten_behind(flow: Flow, reducer: Reducer, layer: TokenLayer, amount: Amount) -> None:
+def _shorten_behind(flow: Flow, reducer: Reducer, layer: TokenLayer, r: int) -> None:
     value = layer.stream
     created_before = set(flow.program.graph.nodes)
     flow.editor.at(value.next)
-    shorter = reducer.shorten(flow, layer, amount)
+    shorter = reducer.shorten(flow, layer, r)
     created = [node for node in flow.program.graph.nodes if node not in created_before]
     for node in created:
         node.meta["path"] = path_of(value)

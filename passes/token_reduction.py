@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch import fx
 
 from xformopt.analysis import cost
 from xformopt.errors import PassError
 from xformopt.passes.fuse.fuse_add_norm import FuseAddNorm
-from xformopt.passes.token_flow import Amount, Reducer, shorten
+from xformopt.passes.token_flow import Reducer, shorten
 from xformopt.passes.token_stream import Refusal, TokenStream, find_stream, place_of, plain
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program
@@ -20,8 +20,7 @@ from xformopt.rewrite import Fired, Region, Rejected
 
 __all__ = ["TokenReduction"]
 
-Plan = dict[int, Amount]
-_MOST_PERCENT = 50
+Plan: TypeAlias = dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class TokenReduction(Pass):
     """A pass that lets tokens leave behind layers of attention, by a schedule that is fixed when it runs.
 
     Attributes:
-        r: Tokens that leave behind each layer; None: as ``percent`` or ``fewer_flops`` say.
-        percent: The same as a share of the tokens there are, which lengths that vary need.
+        r: Tokens that leave behind each layer; None: as many as ``fewer_flops`` needs.
         fewer_flops: Share of the program's floating-point operations to save, at its example sizes.
         layers: Behind which layers tokens leave, counted from 0.
         prefix: Tokens at the front that stay; None: class and distillation token, where they are found.
@@ -38,7 +36,6 @@ class TokenReduction(Pass):
     """
 
     r: int | None = None
-    percent: int | None = None
     fewer_flops: float = 0.3
     layers: tuple[int, ...] | None = None
     prefix: int | None = None
@@ -48,10 +45,6 @@ class TokenReduction(Pass):
     def __post_init__(self) -> None:
         if self.r is not None and self.r < 0:
             raise ValueError(f"r must not be negative, but is {self.r}")
-        if self.percent is not None and not 0 <= self.percent <= _MOST_PERCENT:
-            raise ValueError(f"percent must lie in [0, {_MOST_PERCENT}], but is {self.percent}")
-        if self.r is not None and self.percent is not None:
-            raise ValueError("r and percent say the same thing in two ways: give one")
         if not 0 < self.fewer_flops < 1:
             raise ValueError(f"fewer_flops must lie between 0 and 1, but is {self.fewer_flops}")
 
@@ -70,7 +63,7 @@ class TokenReduction(Pass):
             stream = self._stream(start)
             make = self.reducer(start, stream, context)
 
-            def build(plan: Mapping[int, Amount]) -> Program:
+            def build(plan: Mapping[int, int]) -> Program:
                 return shorten(start, plan, make(), self.prefix)
 
             plan = self._plan(program, stream, build, context)
@@ -85,7 +78,7 @@ class TokenReduction(Pass):
             changed = FuseAddNorm().run(changed, context).program
             changed.level = Level.TARGET
         saved = 1 - cost(changed).flops / cost(program).flops
-        fired = tuple(self._fired(stream, index) for index, amount in plan.items() if amount)
+        fired = tuple(self._fired(stream, index) for index, r in plan.items() if r)
         note = f"{_describe(stream, plan)}: {saved:.1%} fewer floating-point operations"
         return PassResult(changed, True, fired, notes=(note,))
 
@@ -101,23 +94,21 @@ class TokenReduction(Pass):
 
     def _plan(self, program: Program, stream: TokenStream, build: Callable[[Plan], Program], context: Context) -> Plan:
         chosen = self._chosen(stream)
-        varies = not isinstance(stream.length, int)
-        if self.percent is not None:
-            return dict.fromkeys(chosen, Amount(percent=self.percent))
+        shortest = self._shortest(program, stream)
         if self.r is not None:
-            if varies and self.r:
-                raise PassError(
-                    f"The length of {program.name}'s sequences varies ({stream.length}), so that {self.r} tokens may be "
-                    f"more than there are. Give a share with percent, or capture the model at a fixed length."
-                )
-            plan = dict.fromkeys(chosen, Amount(self.r))
-            return plan if varies else self._checked(stream, plan)
-        if varies:
-            levels = _MOST_PERCENT
-            return self._solve(program, build, levels, lambda n: dict.fromkeys(chosen, Amount(percent=n)), context)
-        assert isinstance(stream.length, int)
-        levels = (stream.length - stream.prefix) * len(chosen)
-        return self._solve(program, build, levels, lambda n: self._spread(stream, chosen, n), context)
+            return self._checked(stream, dict.fromkeys(chosen, self.r), shortest)
+        return self._solve(program, build, shortest * len(chosen), lambda n: self._spread(chosen, n, shortest), context)
+
+    def _shortest(self, program: Program, stream: TokenStream) -> int:
+        """Return how many tokens behind the prefix the shortest sequence has that the program takes."""
+        low = program.dims.evaluate(stream.length, {dim.name: dim.low for dim in program.dims})
+        if not isinstance(stream.length, int) and self.most(low - stream.prefix) < 1:
+            raise PassError(
+                f"The length of {program.name}'s sequences varies ({stream.length}) and may be {low}, where no token can "
+                f"leave. Capture the model at a fixed length (padding is merged away first), or with a length that has "
+                f"a lower bound."
+            )
+        return low - stream.prefix
 
     def _chosen(self, stream: TokenStream) -> list[int]:
         count = len(stream.layers)
@@ -129,28 +120,25 @@ class TokenReduction(Pass):
             )
         return chosen
 
-    def _checked(self, stream: TokenStream, plan: Plan) -> Plan:
+    def _checked(self, stream: TokenStream, plan: Plan, left: int) -> Plan:
         """Refuse a plan that takes more tokens than there are."""
-        assert isinstance(stream.length, int)
-        left = stream.length - stream.prefix
-        for index, amount in plan.items():
-            if amount.r > self.most(left):
+        for index, r in plan.items():
+            if r > self.most(left):
                 raise PassError(
                     f"Behind layer {index} there are {left} tokens beside the first {stream.prefix}, of which at most "
-                    f"{self.most(left)} can leave, but r is {amount.r}. Give a smaller r, fewer layers, or a budget "
-                    f"with fewer_flops."
+                    f"{self.most(left)} can leave, but r is {r}. Give a smaller r, fewer layers, or a budget with "
+                    f"fewer_flops."
                 )
-            left -= amount.r
+            left -= r
         return plan
 
-    def _spread(self, stream: TokenStream, chosen: list[int], total: int) -> Plan:
+    def _spread(self, chosen: list[int], total: int, left: int) -> Plan:
         """Let ``total`` tokens leave, as evenly as it goes, earlier layers first where it does not divide."""
-        assert isinstance(stream.length, int)
-        left, plan = stream.length - stream.prefix, {}
+        plan = {}
         for place, index in enumerate(chosen):
             wanted = total // len(chosen) + (place < total % len(chosen))
-            plan[index] = Amount(min(wanted, self.most(left)))
-            left -= plan[index].r
+            plan[index] = min(wanted, self.most(left))
+            left -= plan[index]
         return plan
 
     def _solve(
@@ -190,11 +178,5 @@ class TokenReduction(Pass):
 
 
 def _describe(stream: TokenStream, plan: Plan) -> str:
-    if any(amount.percent for amount in plan.values()):
-        percent = max(amount.percent for amount in plan.values())
-        return f"{percent} percent of the tokens leave behind each of {len(plan)} layers"
-    assert isinstance(stream.length, int)
-    leaving = [amount.r for amount in plan.values()]
-    return (
-        f"{stream.length} tokens become {stream.length - sum(leaving)} ({', '.join(map(str, leaving))} leave in turn)"
-    )
+    leaving = ", ".join(map(str, plan.values()))
+    return f"of {stream.length} tokens, {sum(plan.values())} leave ({leaving} behind the layers in turn)"

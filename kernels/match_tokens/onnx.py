@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xformopt.kernels.match_tokens.reference import FORBIDDEN, FREE
-from xformopt.kernels.onnx_form import Builder, Form, Verdict, XfNode
-from xformopt.kernels.onnx_tokens import ascending, count, per_row, removed, take_every_other
+from xformopt.kernels.onnx_form import Builder, Form, XfNode
+from xformopt.kernels.onnx_tokens import ascending, count, per_row, take_every_other
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,16 +49,12 @@ def _similarity(b: Builder, node: XfNode) -> ir.Value:
             padded = b.op("Equal", take_every_other(b, node["sizes"], prefix + start), zero)
             padded = b.op("Unsqueeze", padded, b.constant([axis], np.int64))
             similarity = b.op("Where", padded, b.scalar(value, keys), similarity)
-    if isinstance(node.shape("keys")[1], int):
-        return similarity
-    # a single token behind the prefix has no partner, and needs none
-    pads = b.constant([0, 0, 0, 0, 0, 1], np.int64)
-    return b.op("Pad", similarity, pads, b.scalar(2 * FORBIDDEN, keys))
+    return similarity
 
 
 def _indices(b: Builder, node: XfNode, best: ir.Value, partner: ir.Value) -> tuple[ir.Value, ...]:
     prefix = node["prefix"]
-    r = removed(b, node, "keys")
+    r = b.constant([node["r"]], np.int64)
     zero, two = (b.constant(value, np.int64) for value in (0, 2))
     first = b.constant([prefix], np.int64)
     behind = b.op("Sub", count(b, node, "keys"), first)
@@ -78,13 +74,7 @@ def _indices(b: Builder, node: XfNode, best: ir.Value, partner: ir.Value) -> tup
     return kept, sources, b.op("Add", b.op("GatherElements", partner, merged, axis=1), offset)
 
 
-def _is_never_empty(node: XfNode) -> Verdict:
-    length = node.shape("keys")[1]
-    known = isinstance(length, int) and length > node["prefix"] + 1
-    return None if known else "ONNX Runtime's ArgMax wants one token at least"
-
-
 FORMS = (
-    Form("reductions", reductions, _is_never_empty, is_standard=True),
+    Form("reductions", reductions, is_standard=True),
     Form("top", top, is_standard=True),
 )

@@ -8,7 +8,6 @@ import torch
 
 from xformopt.kernels.definition import Operator
 from xformopt.kernels.match_tokens.reference import match_tokens
-from xformopt.kernels.token_counts import removed_tokens
 
 __all__ = ["OPERATOR"]
 
@@ -19,17 +18,14 @@ def _infer(
     *,
     heads: int,
     prefix: int,
-    r: int = 0,
-    percent: int = 0,
+    r: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, T = keys.shape[:2]
     torch._check(keys.shape[2] % heads == 0, lambda: "the heads do not divide the width of the keys")
-    torch._check(percent <= 50, lambda: "at most half of the tokens find a partner")
-    gone = removed_tokens(T, prefix, r, percent)
     if isinstance(T, int):
-        torch._check(0 <= gone <= (T - prefix) // 2, lambda: f"of {T - prefix} tokens, {gone} cannot find a partner")
-    kept = keys.new_empty(B, T - gone, dtype=torch.int64)
-    return kept, keys.new_empty(B, gone, dtype=torch.int64), keys.new_empty(B, gone, dtype=torch.int64)
+        torch._check(0 <= r <= (T - prefix) // 2, lambda: f"of {T - prefix} tokens, {r} cannot find a partner")
+    kept = keys.new_empty(B, T - r, dtype=torch.int64)
+    return kept, keys.new_empty(B, r, dtype=torch.int64), keys.new_empty(B, r, dtype=torch.int64)
 
 
 def _flops(keys: torch.Tensor, sizes: torch.Tensor | None = None, *, heads: int, prefix: int, **_: Any) -> Any:
@@ -42,10 +38,7 @@ def _flops(keys: torch.Tensor, sizes: torch.Tensor | None = None, *, heads: int,
 
 OPERATOR = Operator(
     name="match_tokens",
-    schema=(
-        "(Tensor keys, Tensor? sizes=None, *, int heads, int prefix, int r=0, int percent=0) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
+    schema=("(Tensor keys, Tensor? sizes=None, *, int heads, int prefix, int r) -> (Tensor, Tensor, Tensor)"),
     reference=match_tokens,
     infer=_infer,
     flops=_flops,

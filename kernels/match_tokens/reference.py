@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from xformopt.kernels.token_counts import removed_tokens
 
 __all__ = ["FORBIDDEN", "FREE", "match_tokens"]
 
@@ -18,8 +17,7 @@ def match_tokens(
     *,
     heads: int,
     prefix: int,
-    r: int = 0,
-    percent: int = 0,
+    r: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pair similar tokens (Bolya et al., ToMe, arXiv 2210.09461, section 3).
 
@@ -32,8 +30,7 @@ def match_tokens(
             and which a real token joins last.
         heads: Heads of the keys.
         prefix: How many tokens at the front stay as they are (class and distillation token).
-        r: Tokens to merge away, at most half of those behind the prefix.
-        percent: The same as a share of the tokens behind the prefix, at most 50; 0: ``r`` counts.
+        r: Tokens to merge away, at most half of those behind the prefix, of which there are two at least.
 
     Returns:
         Indices, int64: ``kept`` ``[B, T - r]``, the tokens that stay: the prefix, the rest of A by falling similarity,
@@ -42,16 +39,13 @@ def match_tokens(
 
     """
     B, T = keys.shape[:2]
-    r = removed_tokens(T, prefix, r, percent)
     metric = keys.unflatten(2, (heads, keys.shape[2] // heads)).mean(2)  # [B, T, D]
     metric = metric / metric.norm(dim=2, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
     similarity = metric[:, prefix::2] @ metric[:, prefix + 1 :: 2].transpose(1, 2)  # [B, A, B]
     if sizes is not None:
         similarity = similarity.masked_fill(sizes[:, None, prefix + 1 :: 2] == 0, FORBIDDEN)
         similarity = similarity.masked_fill(sizes[:, prefix::2, None] == 0, FREE)
-    # a single token behind the prefix has no partner, and needs none
-    partners = torch.nn.functional.pad(similarity, (0, 1), value=2 * FORBIDDEN)
-    best, partner = partners.max(2)
+    best, partner = similarity.max(2)
     order = best.sort(dim=1, descending=True, stable=True).indices
     merged, rest = order[:, :r], order[:, r:]
     first = torch.arange(prefix, device=keys.device).expand(B, -1)

@@ -8,17 +8,15 @@ import torch
 
 from xformopt.kernels.definition import Operator
 from xformopt.kernels.rank_tokens.reference import rank_tokens
-from xformopt.kernels.token_counts import removed_tokens
 
 __all__ = ["OPERATOR"]
 
 
-def _infer(scores: torch.Tensor, *, prefix: int, r: int = 0, percent: int = 0) -> torch.Tensor:
+def _infer(scores: torch.Tensor, *, prefix: int, r: int) -> torch.Tensor:
     B, T = scores.shape
-    gone = removed_tokens(T, prefix, r, percent)
     if isinstance(T, int):
-        torch._check(0 <= gone <= T - prefix, lambda: f"of {T - prefix} tokens, {gone} cannot go")
-    return scores.new_empty(B, T - gone, dtype=torch.int64)
+        torch._check(0 <= r <= T - prefix, lambda: f"of {T - prefix} tokens, {r} cannot go")
+    return scores.new_empty(B, T - r, dtype=torch.int64)
 
 
 def _flops(*_: Any, **__: Any) -> int:
@@ -28,7 +26,7 @@ def _flops(*_: Any, **__: Any) -> int:
 
 OPERATOR = Operator(
     name="rank_tokens",
-    schema="(Tensor scores, *, int prefix, int r=0, int percent=0) -> Tensor",
+    schema="(Tensor scores, *, int prefix, int r) -> Tensor",
     reference=rank_tokens,
     infer=_infer,
     flops=_flops,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
-from xformopt.kernels.onnx_tokens import count, gather_tokens, removed
+from xformopt.kernels.onnx_tokens import count, gather_tokens
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,7 +23,7 @@ def top(b: Builder, node: XfNode) -> tuple[ir.Value, ...]:
     metric, prefix = node["metric"], node["prefix"]
     first = b.constant([prefix], np.int64)
     behind = b.op("Sub", count(b, node, "metric"), first)
-    stay = b.op("Sub", behind, removed(b, node, "metric"))
+    stay = b.op("Sub", behind, b.constant([node["r"]], np.int64))
     _, anchors = b.ops("TopK", _behind(b, node["scores"], prefix), stay, outputs=2, axis=1)
     norm = b.op("ReduceL2", metric, b.constant([2], np.int64), keepdims=1)
     unit = _behind(b, b.op("Div", metric, b.op("Max", norm, b.scalar(_TINY, metric))), prefix)

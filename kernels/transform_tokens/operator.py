@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from xformopt.kernels.definition import Operator
-from xformopt.kernels.token_counts import removed_tokens
 from xformopt.kernels.transform_tokens.reference import transform_tokens
 
 __all__ = ["OPERATOR"]
@@ -21,21 +20,19 @@ def _infer(
     prefix: int,
     neighbours: int,
     temperature: float,
-    r: int = 0,
-    percent: int = 0,
+    r: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, T = metric.shape[:2]
     torch._check(neighbours > 0, lambda: "a token takes part in one anchor at least")
-    gone = removed_tokens(T, prefix, r, percent)
     if isinstance(T, int):
-        torch._check(0 <= gone < max(T - prefix, 1), lambda: f"of {T - prefix} tokens, {gone} cannot go")
-    return metric.new_empty(B, T - gone, T), metric.new_empty(B, T - gone, T)
+        torch._check(0 <= r < max(T - prefix, 1), lambda: f"of {T - prefix} tokens, {r} cannot go")
+    return metric.new_empty(B, T - r, T), metric.new_empty(B, T - r, T)
 
 
-def _flops(metric: torch.Tensor, *_: Any, prefix: int, r: int = 0, percent: int = 0, **__: Any) -> Any:
+def _flops(metric: torch.Tensor, *_: Any, prefix: int, r: int, **__: Any) -> Any:
     """The norm, the similarities, and six operations on each of them."""
     B, T, width = metric.shape
-    pairs = (T - prefix - removed_tokens(T, prefix, r, percent)) * (T - prefix)
+    pairs = (T - prefix - r) * (T - prefix)
     return B * (3 * T * width + 2 * pairs * width + 6 * pairs)
 
 
@@ -43,7 +40,7 @@ OPERATOR = Operator(
     name="transform_tokens",
     schema=(
         "(Tensor metric, Tensor scores, Tensor? sizes=None, *, int prefix, int neighbours, float temperature, "
-        "int r=0, int percent=0) -> (Tensor, Tensor)"
+        "int r) -> (Tensor, Tensor)"
     ),
     reference=transform_tokens,
     infer=_infer,

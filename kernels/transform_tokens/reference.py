@@ -17,8 +17,7 @@ def transform_tokens(
     prefix: int,
     neighbours: int,
     temperature: float,
-    r: int = 0,
-    percent: int = 0,
+    r: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the matrices that mix tokens into fewer ones and back (after Zeng et al., arXiv 2506.05709).
 
@@ -35,7 +34,6 @@ def transform_tokens(
         neighbours: In how many anchors a token takes part.
         temperature: Of the softmax.
         r: How many tokens fewer there are to be.
-        percent: The same as a share of the tokens behind the prefix; 0: ``r`` counts.
 
     Returns:
         ``mix`` ``[B, N, T]``, rows that sum to 1 (0 for an anchor that is padding): ``X' = mix X``.  ``share``, the
@@ -44,7 +42,7 @@ def transform_tokens(
     """
     B, T = metric.shape[:2]
     tiny = torch.finfo(metric.dtype).tiny
-    anchors = rank_tokens(scores, prefix=prefix, r=r, percent=percent)[:, prefix:]
+    anchors = rank_tokens(scores, prefix=prefix, r=r)[:, prefix:]
     unit = metric / metric.norm(dim=2, keepdim=True).clamp(min=tiny)
     chosen = unit.gather(1, anchors.unsqueeze(2).expand(-1, -1, unit.shape[2]))
     similarity = chosen @ unit[:, prefix:].transpose(1, 2)  # [B, N, T] behind the prefix

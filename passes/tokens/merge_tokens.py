@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, xf
-from xformopt.passes.token_flow import Amount, Flow, Reducer
+from xformopt.passes.token_flow import Flow, Reducer
 from xformopt.passes.token_reduction import TokenReduction
 from xformopt.passes.token_stream import Refusal, TokenLayer, TokenStream
 from xformopt.pipeline import Context
@@ -37,8 +37,7 @@ class MergeTokens(TokenReduction):
     """Merge the most similar tokens behind each layer of attention.
 
     Attributes:
-        r: Tokens merged away behind each layer; None: as percent or fewer_flops say.
-        percent: The same as a share of the tokens there are, which lengths that vary need.
+        r: Tokens merged away behind each layer; None: as many as fewer_flops needs.
         fewer_flops: Share of the program's floating-point operations to save, at its example sizes.
         layers: Behind which layers tokens are merged, counted from 0; None: all.
         prefix: Tokens at the front that are never merged; None: class and distillation token, where they are found.
@@ -64,11 +63,11 @@ class _Merging(Reducer):
         self.grows = proportional
         self.restored: dict[tuple[fx.Node, int], fx.Node] = {}
 
-    def shorten(self, flow: Flow, layer: TokenLayer, amount: Amount) -> fx.Node:
+    def shorten(self, flow: Flow, layer: TokenLayer, r: int) -> fx.Node:
         value, keys, heads = layer.stream, *keys_of(flow, layer)
         sizes = flow.sizes if flow.steps else flow.first_sizes(value)
         padded = sizes if flow.stream.mask is not None else None
-        matched = flow.call(xf.match_tokens, keys, padded, heads=heads, prefix=flow.stream.prefix, **amount.options())
+        matched = flow.call(xf.match_tokens, keys, padded, heads=heads, prefix=flow.stream.prefix, r=r)
         pairs = tuple(flow.call(operator.getitem, matched, part) for part in range(3))
         merged = flow.call(xf.merge_tokens, value, *pairs, sizes)
         tokens = flow.call(operator.getitem, merged, 0)

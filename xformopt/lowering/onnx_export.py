@@ -117,24 +117,12 @@ def _trace(program: Program) -> torch.export.ExportedProgram:
     )
     with _quiet(), torch.no_grad():
         try:
-            return torch.export.export(
-                _Interpreted(program),
-                inputs,
-                dynamic_shapes=(axes,),
-                strict=False,
-                # a share of a length is 1 or 0 for some lengths, and torch would rather forbid those
-                prefer_deferred_runtime_asserts_over_guards=_takes_shares(program),
-            )
+            return torch.export.export(_Interpreted(program), inputs, dynamic_shapes=(axes,), strict=False)
         except Exception as error:
             raise LoweringError(
                 f"The program {program.name!r} could not be traced for ONNX with its dimensions "
                 f"({', '.join(map(str, program.dims)) or 'none'}): {_first_paragraph(error)}"
             ) from error
-
-
-def _takes_shares(program: Program) -> bool:
-    """Whether an operator shortens a sequence by a share of its length."""
-    return any(node.kwargs.get("percent") for node in program.nodes())
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
