@@ -52,6 +52,10 @@ class TokenReduction(Pass):
     def reducer(self, program: Program, stream: TokenStream, context: Context) -> Callable[[], Reducer]:
         """Return what makes a reducer for one walk over ``program``."""
 
+    def default_layers(self, count: int) -> list[int]:
+        """Return behind which of ``count`` layers tokens leave where none are named: all."""
+        return list(range(count))
+
     @abstractmethod
     def most(self, tokens: int) -> int:
         """Return how many of ``tokens`` behind the prefix may leave at one place."""
@@ -112,7 +116,7 @@ class TokenReduction(Pass):
 
     def _chosen(self, stream: TokenStream) -> list[int]:
         count = len(stream.layers)
-        chosen = list(range(count)) if self.layers is None else sorted(set(self.layers))
+        chosen = self.default_layers(count) if self.layers is None else sorted(set(self.layers))
         if wrong := [index for index in chosen if not 0 <= index < count]:
             raise PassError(
                 f"There is no layer {wrong[0]}: the program has {count} layers of attention, 0 to {count - 1}. Name "
