@@ -1,8 +1,8 @@
 """Shorten the stream of tokens of a program, layer by layer, and let what follows work on fewer tokens.
 
 A *flow* walks a copy of the program once.  Behind each layer that its plan names it asks a :class:`Reducer` for the
-shorter stream; what works on each token alone is inferred anew, attention gets the sizes and the mask of the tokens that
-are left, and what needs the tokens by place or in full gets what the reducer has for it, or is refused.
+shorter stream; what works on each token alone is inferred anew, attention gets the sizes and the mask of the tokens
+that are left, and what needs the tokens by place or in full gets what the reducer has for it, or is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, xf
-from xformopt.passes.token_stream import Refusal, TokenLayer, TokenStream, find_stream, is_tokenwise
+from xformopt.passes.token_stream import RefusalError, TokenLayer, TokenStream, find_stream, is_tokenwise
 from xformopt.program import Program, infer_value, path_of, value_of
 from xformopt.program.text import target_name
 from xformopt.rewrite import Editor
@@ -93,11 +93,11 @@ class Reducer(ABC):
 
     @abstractmethod
     def read_all(self, flow: Flow, node: fx.Node, value: fx.Node, depth: int) -> fx.Node | None:
-        """Return what ``node`` is to read for ``value``, whose tokens were shortened ``depth`` times: the same tokens as
-        before the first of them; or None where ``node`` is adapted to fewer tokens.
+        """Return what ``node`` is to read for ``value``, whose tokens were shortened ``depth`` times: the same tokens
+        as before the first of them; or None where ``node`` is adapted to fewer tokens.
 
         Raises:
-            Refusal: there is no such thing.
+            RefusalError: there is no such thing.
 
         """
 
@@ -106,7 +106,7 @@ def shorten(program: Program, plan: Mapping[int, int], reducer: Reducer, prefix:
     """Return a copy of a plain program with fewer tokens behind the layers named in ``plan``.
 
     Raises:
-        Refusal: it has no stream of tokens, or something behind it needs what is no longer there.
+        RefusalError: it has no stream of tokens, or something behind it needs what is no longer there.
 
     """
     copy = program.copy()
@@ -182,7 +182,7 @@ def _read_all(flow: Flow, reducer: Reducer, node: fx.Node, held: list[fx.Node]) 
             continue
         if (later := _attention_behind(node)) is not None:
             where = path_of(later) or later.name
-            raise Refusal(node, f"{target_name(node.target)} needs all the tokens, in front of attention at {where}")
+            raise RefusalError(node, f"{target_name(node.target)} needs all tokens, in front of attention at {where}")
         node.replace_input_with(value, whole)
 
 

@@ -13,7 +13,7 @@ from xformopt.analysis import cost
 from xformopt.errors import PassError
 from xformopt.passes.fuse.fuse_add_norm import FuseAddNorm
 from xformopt.passes.token_flow import Reducer, shorten
-from xformopt.passes.token_stream import Refusal, TokenStream, find_stream, place_of, plain
+from xformopt.passes.token_stream import RefusalError, TokenStream, find_stream, place_of, plain
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program
 from xformopt.rewrite import Fired, Region, Rejected
@@ -74,7 +74,7 @@ class TokenReduction(Pass):
             if not any(plan.values()):
                 return PassResult(program, False, notes=("no token is to leave: nothing was changed",))
             changed = build(plan)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             name = refusal.node.name if refusal.node is not None else ""
             rejected = Rejected(self.name, place_of(refusal.node), name, refusal.reason)
             return PassResult(program, False, rejected=(rejected,))
@@ -108,8 +108,8 @@ class TokenReduction(Pass):
         low = program.dims.evaluate(stream.length, {dim.name: dim.low for dim in program.dims})
         if not isinstance(stream.length, int) and self.most(low - stream.prefix) < 1:
             raise PassError(
-                f"The length of {program.name}'s sequences varies ({stream.length}) and may be {low}, where no token can "
-                f"leave. Capture the model at a fixed length (padding is merged away first), or with a length that has "
+                f"The length of {program.name}'s sequences varies ({stream.length}) and may be {low}, where no token "
+                f"can leave. Capture the model at a fixed length (padding is merged away first), or with a length that has "
                 f"a lower bound."
             )
         return low - stream.prefix
@@ -168,8 +168,8 @@ class TokenReduction(Pass):
             saved = 1 - flops(levels) / before
             raise PassError(
                 f"The pass {self.name} cannot save {self.fewer_flops:.0%} of the floating-point operations of "
-                f"{program.name}: with as many tokens leaving as can, it saves {saved:.1%}. Ask for less, or let tokens "
-                f"leave behind more or earlier layers."
+                f"{program.name}: with as many tokens leaving as can, it saves {saved:.1%}. Ask for less, or let "
+                f"tokens leave behind more or earlier layers."
             )
         few, enough = 0, levels
         while enough - few > 1:

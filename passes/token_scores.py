@@ -9,7 +9,7 @@ from torch import fx
 
 from xformopt.match import arguments, is_call, xf
 from xformopt.passes.token_flow import Flow, Reducer
-from xformopt.passes.token_stream import Refusal, TokenLayer
+from xformopt.passes.token_stream import RefusalError, TokenLayer
 from xformopt.program import infer_value
 from xformopt.program.text import target_name
 
@@ -54,7 +54,7 @@ class Dropping(Reducer):
             node.args = (value, flow.mask() or node.args[1])
         elif not (is_call(node, aten.mean.dim) and arguments(node)["dim"] in ([1], [-2])):
             what = "the program returns" if node.op == "output" else f"{target_name(node.target)} reads"
-            raise Refusal(
+            raise RefusalError(
                 value, f"{what} a value for every token, and dropped tokens have none; merge-tokens keeps them"
             )
         if node.op != "output":

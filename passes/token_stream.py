@@ -21,7 +21,7 @@ from xformopt.program.dims import Size
 from xformopt.program.text import target_name
 from xformopt.rewrite import Editor
 
-__all__ = ["Refusal", "TokenLayer", "TokenStream", "find_stream", "is_tokenwise", "place_of", "plain", "tokens_of"]
+__all__ = ["RefusalError", "TokenLayer", "TokenStream", "find_stream", "is_tokenwise", "place_of", "plain", "tokens_of"]
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ _COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.contiguous.
 _ALONG = frozenset({aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.cat.default})
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """A program that has no stream of tokens, or cannot be shortened: the value that shows it, and why."""
 
     def __init__(self, node: fx.Node | None, reason: str) -> None:
@@ -101,18 +101,18 @@ def find_stream(program: Program) -> TokenStream:
     """Return the stream of tokens of a plain program.
 
     Raises:
-        Refusal: what was looked for is not there.
+        RefusalError: what was looked for is not there.
 
     """
     if found := [node for node in program.nodes() if _name(node) in _SHORTENING]:
-        raise Refusal(found[0], f"its tokens are already fewer: there is xf.{_name(found[0])}")
+        raise RefusalError(found[0], f"its tokens are already fewer: there is xf.{_name(found[0])}")
     attentions = [node for node in program.nodes() if is_call(node, xf.attention)]
     if not attentions:
-        raise Refusal(None, "there is no xf.attention, and so nothing that says how tokens relate")
+        raise RefusalError(None, "there is no xf.attention, and so nothing that says how tokens relate")
     length = shape_of(program, arguments(attentions[0])["q"])[1]
     masks = {_check_attention(program, node, length) for node in attentions}
     if len(masks) > 1:
-        raise Refusal(attentions[-1], "its layers do not share one mask of padding")
+        raise RefusalError(attentions[-1], "its layers do not share one mask of padding")
     layers = _layers(program, attentions, length)
     return TokenStream(layers, length, _prefix(program, layers, length), masks.pop())
 
@@ -154,18 +154,18 @@ def _check_attention(program: Program, node: fx.Node, length: Size) -> fx.Node |
     """Refuse attention that is not over one sequence as a whole; return its mask of padding."""
     given = arguments(node)
     if given["causal"]:
-        raise Refusal(node, "it is causal: a merged token would see what comes after some of its parts")
+        raise RefusalError(node, "it is causal: a merged token would see what comes after some of its parts")
     if given["window_left"] >= 0 or given["window_right"] >= 0:
-        raise Refusal(node, "it looks through a window of positions, which shorter sequences do not have")
+        raise RefusalError(node, "it looks through a window of positions, which shorter sequences do not have")
     if given["bias"] is not None:
-        raise Refusal(node, "its logits have a bias for pairs of positions, which merged tokens do not have")
+        raise RefusalError(node, "its logits have a bias for pairs of positions, which merged tokens do not have")
     if given["key_log_size"] is not None:
-        raise Refusal(node, "its tokens already have sizes")
+        raise RefusalError(node, "its tokens already have sizes")
     queries, keys = (shape_of(program, given[name])[1] for name in ("q", "k"))
     if queries != keys:
-        raise Refusal(node, f"{queries} queries look at {keys} keys of another sequence")
+        raise RefusalError(node, f"{queries} queries look at {keys} keys of another sequence")
     if queries != length:
-        raise Refusal(node, f"it has {queries} tokens, and the first attention {length}: a pyramid or windows")
+        raise RefusalError(node, f"it has {queries} tokens, and the first attention {length}: a pyramid or windows")
     mask: fx.Node | None = given["key_mask"]
     return mask
 
@@ -185,15 +185,15 @@ def _layers(program: Program, attentions: Sequence[fx.Node], length: Size) -> tu
             _check_between(waiting, node, order)
             if tokens_of(program, node) != length:
                 shape = list(shape_of(program, node))
-                raise Refusal(
+                raise RefusalError(
                     node, f"behind attention over {length} tokens the stream is {shape}: windows or a pyramid"
                 )
             layers.append(TokenLayer(tuple(waiting), _behind_norm(program, node, order, last_read)))
             waiting = []
     if waiting and not layers:
-        raise Refusal(waiting[0], "behind it there is no place where one value [batch, tokens, channels] is all")
+        raise RefusalError(waiting[0], "behind it there is no place where one value [batch, tokens, channels] is all")
     if len(waiting) > 1 or len(layers) == 0:
-        raise Refusal(waiting[0], "its layers are not in a row: values of several of them are alive side by side")
+        raise RefusalError(waiting[0], "its layers are not in a row: values of several of them are alive side by side")
     return tuple(layers)
 
 
@@ -234,7 +234,7 @@ def _check_between(attentions: Sequence[fx.Node], stream: fx.Node, order: dict[f
             continue
         holding = [a for a in node.all_input_nodes if a in behind or (_holds_tokens(a) and a.op != "get_attr")]
         if not is_tokenwise(node, holding):
-            raise Refusal(node, f"between attention and the stream, {target_name(node.target)} does not keep to tokens")
+            raise RefusalError(node, f"behind attention, {target_name(node.target)} does not keep to tokens")
         behind.add(node)
 
 

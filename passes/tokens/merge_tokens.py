@@ -1,10 +1,12 @@
 """Merge similar tokens between attention and MLP, layer after layer (ToMe).
 
-    A, B = tokens behind the prefix in turn;  b(a) = the most similar one in B, by the cosine of keys averaged over heads
-    x_b <- (s_a x_a + s_b x_b) / (s_a + s_b) for the r most similar pairs;  softmax(q k^T / sqrt(d) + log s) v behind it
+    A, B = tokens behind the prefix in turn;  b(a) = argmax over B of cosine(k_a, k_b), keys averaged over heads
+    x_b <- (s_a x_a + s_b x_b) / (s_a + s_b) for the r most similar pairs
+    softmax(q k^T / sqrt(d) + log s) v in the layers behind
 
-The class token, and a distillation token beside it, are never merged.  Outputs that have a value for every token get that
-of the token it was merged into (unmerge).  Padding has the size 0: it is merged first, and changes nothing it joins.
+The class token, and a distillation token beside it, are never merged.  Outputs that have a value for every token get
+that of the token it was merged into (unmerge).  Padding has the size 0: it is merged first, and changes nothing it
+joins.
 
 **Approximate**, without training.  Which tokens merge depends on the input; how many is fixed, so that every target
 runs it.
@@ -23,7 +25,7 @@ from torch import fx
 from xformopt.match import arguments, xf
 from xformopt.passes.token_flow import Flow, Reducer
 from xformopt.passes.token_reduction import TokenReduction
-from xformopt.passes.token_stream import Refusal, TokenLayer, TokenStream
+from xformopt.passes.token_stream import RefusalError, TokenLayer, TokenStream
 from xformopt.pipeline import Context
 from xformopt.program import Program, shape_of
 
@@ -90,7 +92,7 @@ def keys_of(flow: Flow, layer: TokenLayer) -> tuple[fx.Node, int]:
     given = [arguments(node) for node in layer.attentions]
     widths = {shape_of(flow.program, each["k"])[2] // each["kv_heads"] for each in given}
     if len(widths) > 1:
-        raise Refusal(layer.attentions[0], "attentions side by side have heads of several widths")
+        raise RefusalError(layer.attentions[0], "attentions side by side have heads of several widths")
     keys = [each["k"] for each in given]
     joined = keys[0] if len(keys) == 1 else flow.call(aten.cat.default, keys, 2)
     return joined, sum(each["kv_heads"] for each in given)

@@ -5,8 +5,8 @@
 ``by="class"`` counts the class token's query alone (EViT's score, without its token that stands for those dropped);
 ``by="all"`` every query (Learned Token Pruning, without its learned thresholds: the number is fixed).
 
-**Approximate**, without training.  Outputs that have a value for every token are refused; a mean over tokens becomes one
-over those that are left.
+**Approximate**, without training.  Outputs that have a value for every token are refused; a mean over tokens becomes
+one over those that are left.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xformopt.match import xf
 from xformopt.passes.token_flow import Flow, Reducer
 from xformopt.passes.token_reduction import TokenReduction
 from xformopt.passes.token_scores import Dropping, Judge, attention_scores
-from xformopt.passes.token_stream import Refusal, TokenLayer, TokenStream
+from xformopt.passes.token_stream import RefusalError, TokenLayer, TokenStream
 from xformopt.pipeline import Context
 from xformopt.program import Program
 
@@ -55,7 +55,7 @@ class PruneTokens(TokenReduction):
     def reducer(self, program: Program, stream: TokenStream, context: Context) -> Callable[[], Reducer]:
         """Return what drops."""
         if self.by == "class" and not stream.prefix:
-            raise Refusal(stream.layers[0].stream, "there is no class token whose attention could count; use by=all")
+            raise RefusalError(stream.layers[0].stream, "there is no class token whose attention counts; use by=all")
         return lambda: _Pruning(self.by)
 
 

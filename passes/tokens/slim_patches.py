@@ -1,10 +1,10 @@
 """Let patches leave one after another, by a life predicted once, early (patch slimming by life regression).
 
-The paper trains a small head that regresses for every token the layer after which it is of no use, its *life*, end to end
-with the model.  **Substitute**, training-free: the head is a linear regression (ridge) on the early layer's tokens, fitted
-in closed form on calibration data; its target is the last layer in which the token gets more attention than the quantile
-of all tokens there.  Deployment differs too: tokens are sorted by their life once and every layer keeps a fixed number
-from the front, so that shapes do not depend on the image.
+The paper trains a small head that regresses for every token the layer after which it is of no use, its *life*, end to
+end with the model.  **Substitute**, training-free: the head is a linear regression (ridge) on the early layer's
+tokens, fitted in closed form on calibration data; its target is the last layer in which the token gets more attention
+than the quantile of all tokens there.  Deployment differs too: tokens are sorted by their life once and every layer
+keeps a fixed number from the front, so that shapes do not depend on the image.
 
     life(x) = w . x + c;   order = sort by falling life, once behind the first of the layers;   later layers: a prefix
 
@@ -26,7 +26,7 @@ from xformopt.match import arguments, xf
 from xformopt.passes.token_flow import Flow, Reducer
 from xformopt.passes.token_reduction import TokenReduction
 from xformopt.passes.token_scores import Dropping
-from xformopt.passes.token_stream import Refusal, TokenLayer, TokenStream
+from xformopt.passes.token_stream import RefusalError, TokenLayer, TokenStream
 from xformopt.pipeline import Context
 from xformopt.program import Program, interpret
 
@@ -73,7 +73,7 @@ class SlimPatches(TokenReduction):
     def reducer(self, program: Program, stream: TokenStream, context: Context) -> Callable[[], Reducer]:
         """Fit the regression; return what sorts and cuts."""
         if stream.mask is not None:
-            raise Refusal(stream.mask, "its sequences have padding, and life is for the patches of an image")
+            raise RefusalError(stream.mask, "its sequences have padding, and life is for the patches of an image")
         if not context.calibration:
             raise DataError(
                 "The life of patches is fitted on calibration data, and there is none. Give some with --calibration "

@@ -2,11 +2,11 @@
 
     X' = W X,  W of shape m x n with rows that sum to 1
 
-The framework, which holds pruning and merging as special cases, is the paper's; W here is our construction: the m tokens
-that get the most attention are anchors, S = cosine(keys of anchor, keys of token), and W = softmax of S / temperature
-over the tokens that have the anchor among their nearest, weighted by size.  Sizes become ``share s``, with ``share`` the
-W of columns that sum to 1; log s enters attention as in ToMe.  Outputs that have a value for every token get
-``share^T X'``.
+The framework, which holds pruning and merging as special cases, is the paper's; W here is our construction: the m
+tokens that get the most attention are anchors, S = cosine(keys of anchor, keys of token), and W = softmax of S /
+temperature over the tokens that have the anchor among their nearest, weighted by size.  Sizes become ``share s``,
+with ``share`` the W of columns that sum to 1; log s enters attention as in ToMe.  Outputs that have a value for every
+token get ``share^T X'``.
 
 **Approximate**, without training.
 """
