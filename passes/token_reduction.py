@@ -109,8 +109,8 @@ class TokenReduction(Pass):
         if not isinstance(stream.length, int) and self.most(low - stream.prefix) < 1:
             raise PassError(
                 f"The length of {program.name}'s sequences varies ({stream.length}) and may be {low}, where no token "
-                f"can leave. Capture the model at a fixed length (padding is merged away first), or with a length that has "
-                f"a lower bound."
+                f"can leave. Capture the model at a fixed length (padding is merged away first), or with a length that "
+                f"has a lower bound."
             )
         return low - stream.prefix
 

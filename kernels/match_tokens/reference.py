@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 __all__ = ["FORBIDDEN", "FREE", "match_tokens"]
 
 # beyond what a cosine reaches: a padded token goes first, a real one joins padding last

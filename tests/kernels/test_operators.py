@@ -270,8 +270,17 @@ CASES = [
         for zero in (False, True)
     ),
 ]
-# these have a test file of their own
+# these have test files of their own
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
+TOKENS = {
+    "attention_received",
+    "match_tokens",
+    "merge_tokens",
+    "rank_tokens",
+    "restore_tokens",
+    "select_tokens",
+    "transform_tokens",
+}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 
 
@@ -336,7 +345,7 @@ def test_gradients(case: Case) -> None:
 
 
 def test_every_operator_has_a_case() -> None:
-    assert {case.name for case in CASES} | {"attention"} | RECURRENT == set(load_operators())
+    assert {case.name for case in CASES} | {"attention"} | RECURRENT | TOKENS == set(load_operators())
 
 
 def test_every_folder_defines_its_operator_once() -> None:
