@@ -166,13 +166,15 @@ def _carry_attention(flow: Flow, reducer: Reducer, node: fx.Node) -> None:
 
 def _reads_prefix(flow: Flow, node: fx.Node) -> bool:
     """Whether an operator takes only tokens that never leave."""
-    given = arguments(node) if is_call(node, aten.select.int, aten.slice.Tensor) else {"dim": None}
-    if given["dim"] not in (1, -2):
+    given = arguments(node)
+    if not is_call(node, aten.select.int, aten.slice.Tensor) or given["dim"] not in (1, -2):
         return False
-    if is_call(node, aten.select.int):
-        return bool(0 <= given["index"] < flow.stream.prefix)
-    start, end = given["start"] or 0, given["end"]
-    return isinstance(end, int) and isinstance(start, int) and 0 <= start <= end <= flow.stream.prefix
+    if node.target is aten.select.int:
+        start, end = given["index"], given["index"] + 1
+    else:
+        start, end = given["start"] or 0, given["end"]
+    is_known = isinstance(start, int) and isinstance(end, int)
+    return is_known and bool(0 <= start <= end <= flow.stream.prefix)
 
 
 def _read_all(flow: Flow, reducer: Reducer, node: fx.Node, held: list[fx.Node]) -> None:
@@ -187,7 +189,8 @@ def _read_all(flow: Flow, reducer: Reducer, node: fx.Node, held: list[fx.Node]) 
 
 
 def _attention_behind(node: fx.Node) -> fx.Node | None:
-    pending, seen = [node], set()
+    pending: list[fx.Node] = [node]
+    seen: set[fx.Node] = set()
     while pending:
         current = pending.pop()
         if is_call(current, xf.attention):

@@ -83,7 +83,7 @@ def plain(program: Program) -> Program:
 def _separate(editor: Editor, node: fx.Node) -> None:
     x, residual, *affine = node.args
     total = editor.call(aten.add.Tensor, x, residual)
-    norm = editor.call(_APART[node.target], total, *affine, **node.kwargs)
+    norm = editor.call(_APART[node.target], total, *affine, eps=node.kwargs["eps"])
     for part in list(node.users):
         part.replace_all_uses_with((norm, total)[int(str(part.args[1]))])
         editor.program.graph.erase_node(part)

@@ -135,7 +135,8 @@ def resize_kernel(kernel: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return ``pinv(B^T) w`` for every filter ``w`` of a kernel ``[C, I, p, q]``: ``[C, I, p', q']``."""
     height, width = kernel.shape[2:]
     inverse = torch.linalg.pinv(resize_matrix((height, width), size).t())
-    return (kernel.double().flatten(2) @ inverse.t()).unflatten(2, size).to(kernel.dtype).contiguous()
+    resized: torch.Tensor = kernel.double().flatten(2) @ inverse.t()
+    return resized.reshape(*kernel.shape[:2], *size).to(kernel.dtype).contiguous()
 
 
 def _embedding(program: Program) -> fx.Node:
@@ -246,4 +247,5 @@ def _nearest(path: Path, own: torch.Tensor, size: tuple[int, int]) -> torch.Tens
     def distance(kernel: torch.Tensor) -> int:
         return abs(kernel.shape[2] - size[0]) + abs(kernel.shape[3] - size[1])
 
-    return min(fitting.values(), key=distance)
+    nearest: torch.Tensor = min(fitting.values(), key=distance)
+    return nearest

@@ -28,7 +28,7 @@ from xformopt.passes.token_reduction import TokenReduction
 from xformopt.passes.token_scores import Dropping
 from xformopt.passes.token_stream import RefusalError, TokenLayer, TokenStream
 from xformopt.pipeline import Context
-from xformopt.program import Program, interpret
+from xformopt.program import Program, interpret, value_of
 
 __all__ = ["SlimPatches"]
 
@@ -144,6 +144,7 @@ def _fit(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight ``[1, C]`` and bias ``[1]`` of the ridge regression of lives on early tokens."""
     features, lives = [], []
+    dtype = value_of(stream.layers[first].stream).dtype
     for batch in batches:
         seen = _Observed(program, stream, first, quantile)
         interpret(program, batch, observe=seen.observe)
@@ -157,5 +158,4 @@ def _fit(
     gram = centred.t() @ centred
     ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
     weight = torch.linalg.solve(gram + ridge, centred.t() @ (y - target))
-    dtype = seen.tokens.dtype
     return weight.unsqueeze(0).to(dtype), (target - mean @ weight).reshape(1).to(dtype)
