@@ -148,7 +148,7 @@ def test_padding_goes_first_and_changes_nothing() -> None:
     assert set(sources[0].tolist()) == {5, 7}
     tokens, total = xf.merge_tokens(x, kept, sources, destinations, sizes)
     real = total[0] > 0
-    assert kept[0, real].tolist() == [0, 3, 1, 2, 4] or set(kept[0, real].tolist()) == {0, 1, 2, 3, 4}
+    assert set(kept[0, real].tolist()) == {0, 1, 2, 3, 4}
     torch.testing.assert_close(tokens[0, real], x[0, kept[0, real]])
     assert bool(tokens.isfinite().all())
 
