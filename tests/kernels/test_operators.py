@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from apart_operators import TESTED_APART
 
 from xformopt.kernels.definition import Operator, find_operator, load_operators, xf
 
@@ -270,21 +271,6 @@ CASES = [
         for zero in (False, True)
     ),
 ]
-# these have a test file of their own
-ATTENTION = {"attention", "attention_weights", "attention_values"}
-SIMULATED = {"fake_quantize", "log_quantize"}
-FEW_LEVELS = {"block_parameter", "shift_linear", "ternary_linear", "ternary_weight"}
-RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
-VARIANTS = {
-    "block_sparse_attention",
-    "entmax_attention",
-    "flow_attention",
-    "local_attention",
-    "manhattan_attention",
-    "prefix_scan_attention",
-    "toeplitz_attention",
-    "xca",
-}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 
 
@@ -349,8 +335,7 @@ def test_gradients(case: Case) -> None:
 
 
 def test_every_operator_has_a_case() -> None:
-    apart = ATTENTION | RECURRENT | SIMULATED | FEW_LEVELS | VARIANTS
-    assert {case.name for case in CASES} | apart == set(load_operators())
+    assert {case.name for case in CASES} | TESTED_APART == set(load_operators())
 
 
 def test_every_folder_defines_its_operator_once() -> None:

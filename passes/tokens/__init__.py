@@ -1,0 +1,1 @@
+"""Fewer tokens: merging, pruning, mixing, and patches of another size."""
