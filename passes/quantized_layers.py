@@ -77,17 +77,21 @@ class QuantizeLinears(Pass):
     def replacing(self, program: Program, context: Context, layers: Sequence[fx.Node]) -> Replace:
         """Look at what the quantizer needs to know and return what quantizes one layer."""
 
+    def prepare(self, program: Program, context: Context, layers: Sequence[fx.Node]) -> tuple[Replace, tuple[str, ...]]:
+        """Return what :meth:`replacing` does, and what is to be noted of how it was found."""
+        return self.replacing(program, context, layers), ()
+
     def run(self, program: Program, context: Context) -> PassResult:
         """Quantize every layer, then take back the most sensitive ones until the drift is within its limit."""
         layers = [node for node in linear_layers(program) if not is_skipped(node, self.skip)]
         if not linear_layers(program):
             refuse_repetition(program, _QUANTIZED, "linear layers")
         _check_weights(program, layers)
-        replace_layer = self.replacing(program, context, layers)
+        replace_layer, notes = self.prepare(program, context, layers)
         result = self._quantize(program, replace_layer, {})
-        if self.max_drift is None or not result.changed:
-            return result
-        return self._within(self.max_drift, program, context, replace_layer, result)
+        if self.max_drift is not None and result.changed:
+            result = self._within(self.max_drift, program, context, replace_layer, result)
+        return replace(result, notes=(*notes, *result.notes))
 
     def _quantize(self, program: Program, replace_layer: Replace, kept: Mapping[str, str]) -> PassResult:
         """Quantize all layers but those in ``kept``, which gives the reasons."""
