@@ -40,8 +40,10 @@ _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp1
 
 # what is stored in few bits and computed in float
 _STORED = {"weight_only_linear": "linear layers", "quantized_embedding": "tables of embeddings"}
+_STORED_FLOATS = "float_weight_linear"
 # what rounds a value to few levels that stay floats
 _SIMULATED = frozenset({"fake_quantize"})
+_SIMULATED_FLOATS = "fake_quantize_float"
 
 
 class _Model(BaseModel):
@@ -156,17 +158,23 @@ def specs_of(program: Program) -> dict[str, Any]:
 def precision_of(program: Program) -> str:
     """Name what the linear layers execute in, or else the narrowest way that weights are stored in.
 
-    ``int8``: integer products.  ``int4-weights``, ``int8-weights``: stored in so many bits, computed in float.
+    ``int8``: integer products.  ``int4-weights``, ``int8-weights``: stored in so many bits, computed in float;
+    ``fp4-weights``, ``fp6-weights``, ``fp8-weights`` likewise.
     Otherwise the narrowest floating-point type among the weights, ``fp32`` where there are none.
     """
     arithmetic = arithmetic_of(program)
+    floats = {str(node.kwargs["format"]) for defined, node in _xf_nodes(program) if defined.name == _STORED_FLOATS}
+    if floats and arithmetic != "int8":
+        return f"{min(name.split('_')[0] for name in floats)}-weights"
     stored = {int(str(node.kwargs["bits"])) for defined, node in _xf_nodes(program) if defined.name in _STORED}
     return f"int{min(stored)}-weights" if stored and arithmetic != "int8" else arithmetic
 
 
 def arithmetic_of(program: Program) -> str:
     """Name the arithmetic of linear layers: ``int8``, or else the narrowest floating-point type among the weights."""
-    used = {tensor.dtype for tensor in program.parameters.values() if tensor.dim() > 1}
+    # what scales are stored in says nothing of the arithmetic
+    scales = {arguments[2].target for arguments in _stored_floats(program)}
+    used = {tensor.dtype for name, tensor in program.parameters.items() if tensor.dim() > 1 and name not in scales}
     if any(defined.name == "quantized_linear" for defined, _ in _xf_nodes(program)):
         return "int8"
     return next((name for dtype, name in reversed(_PRECISIONS.items()) if dtype in used), "fp32")
@@ -183,11 +191,19 @@ def execution_of(program: Program) -> dict[str, int]:
             counted["linear layers executed in int8"] += 1
         elif defined.name in _STORED:
             counted[f"{_STORED[defined.name]} stored in {node.kwargs['bits']} bits, computed in float"] += 1
+        elif defined.name == _STORED_FLOATS:
+            counted[f"linear layers stored in {node.kwargs['format']}, made floats at load, computed in float"] += 1
         elif defined.name in _SIMULATED:
             counted[f"activations in {node.kwargs['bits']} bits, simulated in float"] += 1
+        elif defined.name == _SIMULATED_FLOATS:
+            counted[f"activations in {node.kwargs['format']}, simulated in float"] += 1
         elif defined.name in ("linear", "linear_activation"):
             counted["linear layers in float"] += 1
     return dict(sorted(counted.items()))
+
+
+def _stored_floats(program: Program) -> Iterator[tuple[Any, ...]]:
+    return (node.args for defined, node in _xf_nodes(program) if defined.name == _STORED_FLOATS)
 
 
 def _xf_nodes(program: Program) -> Iterator[tuple[Operator, fx.Node]]:
