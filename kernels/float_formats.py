@@ -51,7 +51,8 @@ class FloatFormat:
     @property
     def largest(self) -> float:
         """The largest finite value."""
-        return self.values[2 ** (self.bits - 1) - 1 - self.unused]
+        last: int = 2 ** (self.bits - 1) - 1 - self.unused
+        return self.values[last]
 
     @property
     def smallest_exponent(self) -> int:

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from xformopt.kernels.float_formats import FORMATS
-from xformopt.match import call_with, is_call, operand, xf
+from xformopt.match import is_call, operand, xf
 from xformopt.passes.float_grids import FloatGrid, PackedFloats, ScaleKind, fit_float_grid
 from xformopt.passes.quantized_layers import QuantizeLinears, Replace
 from xformopt.passes.uniform_grids import weights_of
@@ -29,7 +29,7 @@ from xformopt.passes.weights import LinearParts, bias_operand
 from xformopt.pipeline import Context
 from xformopt.program import Program, value_of
 from xformopt.reconstruction import Settings, reconstruct
-from xformopt.rewrite import Editor, Reject, rewrite
+from xformopt.rewrite import Editor, Reject
 
 __all__ = ["QuantizeFloat"]
 
@@ -117,16 +117,15 @@ class QuantizeFloat(QuantizeLinears):
 
     def _with_rounded_inputs(self, program: Program, layers: Sequence[fx.Node]) -> Program:
         """Return the program with only the inputs of layers rounded."""
-        wanted = {node.name for node in layers if self._refusal(value_of(operand(node, 1)).shape[1]) is None}
-
-        def round_inputs(editor: Editor, node: fx.Node) -> fx.Node | None:
-            if node.name not in wanted:
-                return None
-            changed = call_with(editor, node, x=self._rounded(editor, operand(node)))
-            changed.name = f"{node.name}_rounded"
-            return changed
-
-        return program if self.activations is None else rewrite(program, {"round": round_inputs}, sweeps=1).program
+        if self.activations is None:
+            return program
+        changed = program.copy()
+        editor, names = Editor(changed), {node.name for node in layers}
+        for node in list(changed.nodes()):
+            if node.name in names and self._refusal(value_of(operand(node, 1)).shape[1]) is None:
+                # in place, as blocks are found by the names of their values
+                node.update_arg(0, self._rounded(editor.at(node), operand(node)))
+        return changed
 
     def _rounded(self, editor: Editor, source: fx.Node) -> fx.Node:
         """Return the value rounded to the format of activations; once for all of its readers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xformopt.reconstruction.blocks import Block, cut_blocks, cut_like
+from xformopt.reconstruction.blocks import Block, cut_at, cut_blocks, cut_like
 from xformopt.reconstruction.loop import Make, Reconstruction, Settings, Trained, reconstruct
 from xformopt.reconstruction.training import Attempt, Objective, squared_error
 from xformopt.reconstruction.values import Transform, run_block
@@ -21,6 +21,7 @@ __all__ = [
     "Trained",
     "Transform",
     "Variable",
+    "cut_at",
     "cut_blocks",
     "cut_like",
     "reconstruct",

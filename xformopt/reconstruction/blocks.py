@@ -21,7 +21,7 @@ from xformopt.errors import ProgramError
 from xformopt.match import is_call, xf
 from xformopt.program import Program, path_of
 
-__all__ = ["Block", "cut_blocks", "cut_like"]
+__all__ = ["Block", "cut_at", "cut_blocks", "cut_like"]
 
 aten = torch.ops.aten
 
@@ -122,6 +122,26 @@ def cut_blocks(program: Program) -> tuple[Block, ...]:
             pieces.append((name, unit))
     everything = ancestry.of(*program.results)
     pieces.append(("output", everything & ~claimed))
+    return tuple(_block(name, list(ancestry.members(chosen))) for name, chosen in pieces if chosen)
+
+
+def cut_at(program: Program, cuts: Sequence[tuple[str, Sequence[str]]]) -> tuple[Block, ...]:
+    """Cut a program where given values are computed.
+
+    Args:
+        program: What to cut.
+        cuts: The name of a block and the values it computes, in execution order; what no block computes is the last
+            one, ``output``.
+
+    """
+    ancestry = _Ancestry(program)
+    named = {node.name: node for node in program.graph.nodes}
+    pieces: list[tuple[str, int]] = []
+    claimed = 0
+    for name, values in [*cuts, ("output", [node.name for node in program.results])]:
+        unit = ancestry.of(*(named[value] for value in values)) & ~claimed
+        claimed |= unit
+        pieces.append((name, unit))
     return tuple(_block(name, list(ancestry.members(chosen))) for name, chosen in pieces if chosen)
 
 

@@ -84,6 +84,7 @@ def run_block(
     parameters: Mapping[str, torch.Tensor] | None = None,
     *,
     transform: Transform | None = None,
+    double: bool = False,
 ) -> dict[str, Any]:
     """Execute one block on values by name, and return its outputs; differentiable.
 
@@ -93,20 +94,22 @@ def run_block(
         given: Values of the block's inputs.
         parameters: Take the place of parameters of those names.
         transform: Called with each operator, its value and the values before it; its result takes the value's place.
+        double: Compute in float64; ``given`` must be in float64 already.
 
     """
     known = {**program.parameters, **(parameters or {})}
+    widen = _widened if double else lambda value: value
     chosen = set(block.nodes)
     values: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            values[node] = known[str(node.target)]
+            values[node] = widen(known[str(node.target)])
         elif node.name in given:
             values[node] = given[node.name]
         elif node.name in chosen:
-            value = _execute(
-                node, fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
-            )
+            args = fx.map_arg(node.args, values.__getitem__)
+            kwargs = {name: widen(fx.map_arg(value, values.__getitem__)) for name, value in node.kwargs.items()}
+            value = _execute(node, args, kwargs)
             values[node] = value if transform is None else transform(node, value, values)
     return {node.name: value for node, value in values.items() if node.name in block.outputs}
 
@@ -115,3 +118,9 @@ def _execute(node: fx.Node, args: Any, kwargs: Any) -> Any:
     # differentiating the reference itself saves the registered operator's second forward pass
     defined = find_operator(node.target)
     return call(node.target, args, kwargs) if defined is None else defined.reference(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.double()
+    return torch.float64 if value is torch.float32 else value

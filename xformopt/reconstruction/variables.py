@@ -11,7 +11,7 @@ __all__ = ["Free", "Positive", "Rounding", "Variable"]
 # the rectified sigmoid reaches beyond 0 and 1, so that it can settle there (Louizos et al., arXiv 1712.01312)
 _STRETCH, _OFFSET = 1.2, -0.1
 # how far a rounding variable can travel in all, in units of the sigmoid's argument, and in one step
-_JOURNEY, _STRIDE = 20.0, 0.1
+_JOURNEY, _STRIDE = 40.0, 0.3
 
 
 class Variable(ABC):
@@ -105,7 +105,7 @@ class Rounding(Variable):
 
     ``value = low + (high - low) h(V)``, ``h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)``, started where the value is the
     unrounded one; ``penalty = sum(1 - |2h - 1|^beta)`` drives every h to 0 or 1 as beta falls (Nagel et al., arXiv
-    2004.10568, equations 21 to 24).  Here a step of training moves V by up to ``20 / iterations`` (0.1 at most), so
+    2004.10568, equations 21 to 24).  Here a step of training moves V by up to ``40 / iterations`` (0.3 at most), so
     that a short training takes V as far as the 20,000 small steps of the paper.
 
     Where neighbours are not equally far apart, the leaf is ``V (high - low) / mean(high - low)``: what lies close
