@@ -22,7 +22,7 @@ from xformopt.rewrite import Editor, Fired, Reject, rewrite
 
 __all__ = ["QuantizeLinears", "Replace", "is_skipped", "linear_layers", "refuse_repetition"]
 
-_QUANTIZED = frozenset({"quantized_linear", "weight_only_linear"})
+_QUANTIZED = frozenset({"float_weight_linear", "quantized_linear", "weight_only_linear"})
 
 # returns the quantized layer without its activation, or why there is none
 Replace: TypeAlias = Callable[[Editor, LinearParts, fx.Node], "fx.Node | Reject"]

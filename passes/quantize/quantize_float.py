@@ -13,8 +13,8 @@ floats.  Rounded activations are simulated in float.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -26,7 +26,7 @@ from xformopt.passes.float_grids import FloatGrid, PackedFloats, ScaleKind, fit_
 from xformopt.passes.quantized_layers import QuantizeLinears, Replace
 from xformopt.passes.uniform_grids import weights_of
 from xformopt.passes.weights import LinearParts, bias_operand
-from xformopt.pipeline import Context
+from xformopt.pipeline import Context, PassResult
 from xformopt.program import Program, value_of
 from xformopt.reconstruction import Settings, reconstruct
 from xformopt.rewrite import Editor, Reject
@@ -93,10 +93,16 @@ class QuantizeFloat(QuantizeLinears):
             if name not in made:
                 made[name] = self._grid(program, name).nearest(parts.weight)
             stored = made[name].parameters(editor, name)
-            source = self._rounded(editor, source)
+            if self.activations is not None:
+                source = editor.call(xf.fake_quantize_float, source, format=self.activations)
             return editor.call(xf.float_weight_linear, source, *stored, *bias_operand(parts), format=self.format)
 
         return replace_layer, notes
+
+    def _quantize(self, program: Program, replace_layer: Replace, kept: Mapping[str, str]) -> PassResult:
+        """Quantize all layers but those in ``kept``; those that read one value share its rounded form."""
+        result = super()._quantize(program, replace_layer, kept)
+        return replace(result, program=_with_shared_rounding(result.program)) if result.changed else result
 
     def _trained(
         self, program: Program, context: Context, layers: Sequence[fx.Node]
@@ -124,17 +130,9 @@ class QuantizeFloat(QuantizeLinears):
         for node in list(changed.nodes()):
             if node.name in names and self._refusal(value_of(operand(node, 1)).shape[1]) is None:
                 # in place, as blocks are found by the names of their values
-                node.update_arg(0, self._rounded(editor.at(node), operand(node)))
+                rounded = editor.at(node).call(xf.fake_quantize_float, operand(node), format=self.activations)
+                node.update_arg(0, rounded)
         return changed
-
-    def _rounded(self, editor: Editor, source: fx.Node) -> fx.Node:
-        """Return the value rounded to the format of activations; once for all of its readers."""
-        if self.activations is None:
-            return source
-        for user in source.users:
-            if is_call(user, xf.fake_quantize_float) and user.kwargs["format"] == self.activations:
-                return user
-        return editor.call(xf.fake_quantize_float, source, format=self.activations)
 
     def _grid(self, program: Program, name: str) -> FloatGrid:
         weight = program.parameters[name]
@@ -147,3 +145,15 @@ class QuantizeFloat(QuantizeLinears):
         if columns * bits % (24 if bits == 6 else 8):
             return f"rows of {columns} codes of {bits} bits do not fill whole bytes"
         return None
+
+
+def _with_shared_rounding(program: Program) -> Program:
+    """Return the program with each value rounded once."""
+    shared = program.copy()
+    first: dict[tuple[fx.Node, object], fx.Node] = {}
+    for node in list(shared.nodes()):
+        if is_call(node, xf.fake_quantize_float):
+            kept = first.setdefault((operand(node), node.kwargs["format"]), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+    return shared.drop_unused()
