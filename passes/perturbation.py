@@ -75,7 +75,7 @@ def _differences(
     with torch.no_grad():
         for block in blocks:
             values |= run_block(program, block, _inputs(block, values), double=True)
-    wanted = torch.softmax(values[scores] / _TEMPERATURE, -1)
+    wanted = torch.log_softmax(values[scores] / _TEMPERATURE, -1)
     found: dict[str, torch.Tensor] = {}
     for index, block in enumerate(blocks[:-1]):
         rest = _joined(blocks[index + 1 :], scores)
@@ -96,7 +96,7 @@ def _gradient(
     moved: torch.Tensor = values[name].requires_grad_()
     reached = run_block(program, rest, _inputs(rest, values), double=True)[scores]
     logits = torch.log_softmax(reached / _TEMPERATURE, -1)
-    distance = torch.nn.functional.kl_div(logits, wanted, reduction="sum")
+    distance = (logits.exp() * (logits - wanted)).sum()
     return torch.autograd.grad(distance, moved)[0]
 
 

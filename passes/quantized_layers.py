@@ -20,7 +20,7 @@ from xformopt.pipeline.numeric import relative_l2, run_region
 from xformopt.program import Level, Program, interpret, path_of, valid_positions, value_of
 from xformopt.rewrite import Editor, Fired, Reject, rewrite
 
-__all__ = ["QuantizeLinears", "Replace", "is_skipped", "linear_layers", "refuse_repetition"]
+__all__ = ["QuantizeLinears", "Replace", "check_weights", "is_skipped", "linear_layers", "refuse_repetition"]
 
 _QUANTIZED = frozenset({"float_weight_linear", "quantized_linear", "weight_only_linear"})
 
@@ -86,7 +86,7 @@ class QuantizeLinears(Pass):
         layers = [node for node in linear_layers(program) if not is_skipped(node, self.skip)]
         if not linear_layers(program):
             refuse_repetition(program, _QUANTIZED, "linear layers")
-        _check_weights(program, layers)
+        check_weights(program, layers)
         replace_layer, notes = self.prepare(program, context, layers)
         result = self._quantize(program, replace_layer, {})
         if self.max_drift is not None and result.changed:
@@ -145,7 +145,8 @@ class QuantizeLinears(Pass):
         return replace(best, notes=(note,))
 
 
-def _check_weights(program: Program, layers: Sequence[fx.Node]) -> None:
+def check_weights(program: Program, layers: Sequence[fx.Node]) -> None:
+    """Raise PassError for a weight with values that no code stands for."""
     for node in layers:
         name = str(operand(node, 1).target)
         if not bool(program.parameters[name].isfinite().all()):

@@ -25,12 +25,12 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import fx
 
-from xformopt.errors import PassError
+from xformopt.errors import DataError, PassError
 from xformopt.match import arguments, is_call, operand, xf
 from xformopt.observers import affine_parameters, observe_ranges
 from xformopt.passes.perturbation import perturbation_hessian
 from xformopt.passes.quantization import GroupCodes
-from xformopt.passes.quantized_layers import is_skipped, linear_layers, refuse_repetition
+from xformopt.passes.quantized_layers import check_weights, is_skipped, linear_layers, refuse_repetition
 from xformopt.passes.relu_mlps import Mlp, find_mlps, reconstruct_mlps
 from xformopt.passes.uniform_grids import UniformGrid, fit_grid, weights_of
 from xformopt.passes.weights import LinearParts, bias_operand, linear_parts
@@ -88,7 +88,7 @@ class Aphq(Pass):
             raise ValueError(f"bits must be 4 or 8, but is {self.bits}")
         if self.activation_bits not in (*_SIMULATED_BITS, 8):
             raise ValueError(f"activation_bits must be 2 to 6 or 8, but is {self.activation_bits}")
-        self._settings(1.0)
+        self._settings(1.0, drop=self.drop)
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Find what matters, reconstruct the MLPs, then train the quantizers block by block."""
@@ -97,7 +97,13 @@ class Aphq(Pass):
             refuse_repetition(program, {"quantized_linear", "weight_only_linear"}, "linear layers")
         if not layers:
             return self._quantized(program, _Quantizers())
+        check_weights(program, layers)
         scores = self._scores(program)
+        if not context.calibration:
+            raise DataError(
+                "Quantizers are trained on calibration data, and there is none. Give some with --calibration (or "
+                "calibration=... in Python)."
+            )
         blocks = cut_blocks(program)
         importance = perturbation_hessian(program, context.calibration, blocks, scores, context.progress)
         notes: list[str] = []

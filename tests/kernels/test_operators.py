@@ -272,6 +272,7 @@ CASES = [
 ]
 # these have a test file of their own
 SIMULATED = {"fake_quantize"}
+FLOATS = {"fake_quantize_float", "float_weight_linear"}
 RECURRENT = {"delta_rule", "gated_linear_attention", "linear_attention", "retention", "rwkv", "selective_scan", "ssd"}
 IDS = [f"{case.name}-{number}" for number, case in enumerate(CASES)]
 
@@ -337,7 +338,7 @@ def test_gradients(case: Case) -> None:
 
 
 def test_every_operator_has_a_case() -> None:
-    assert {case.name for case in CASES} | {"attention"} | RECURRENT | SIMULATED == set(load_operators())
+    assert {case.name for case in CASES} | {"attention"} | RECURRENT | SIMULATED | FLOATS == set(load_operators())
 
 
 def test_every_folder_defines_its_operator_once() -> None:

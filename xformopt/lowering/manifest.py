@@ -31,6 +31,7 @@ __all__ = [
     "hash_file",
     "precision_of",
     "read_manifest",
+    "rounds_activations",
     "specs_of",
 ]
 
@@ -178,6 +179,12 @@ def arithmetic_of(program: Program) -> str:
     if any(defined.name == "quantized_linear" for defined, _ in _xf_nodes(program)):
         return "int8"
     return next((name for dtype, name in reversed(_PRECISIONS.items()) if dtype in used), "fp32")
+
+
+def rounds_activations(program: Program) -> bool:
+    """Whether values are rounded on the way: where one lies between two codes, the last bit decides which it becomes."""
+    rounding = {"quantized_linear", _SIMULATED_FLOATS, *_SIMULATED}
+    return any(defined.name in rounding for defined, _ in _xf_nodes(program))
 
 
 def execution_of(program: Program) -> dict[str, int]:

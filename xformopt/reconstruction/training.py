@@ -20,7 +20,7 @@ from xformopt.reconstruction.variables import Variable
 __all__ = ["Attempt", "Job", "Objective", "Place", "Training", "squared_error"]
 
 # the penalty's weight, the share of the steps before it sets in, and how beta falls from there
-_LAMBDA, _WARMUP, _BETA = 3.0, 0.2, (20.0, 2.0)
+_LAMBDA, _WARMUP, _BETA = 10.0, 0.2, (20.0, 2.0)
 _FEWEST_STEPS = 20
 _SECONDS_BETWEEN_SAVES = 20.0
 _TINY = 1e-30
