@@ -182,7 +182,7 @@ def arithmetic_of(program: Program) -> str:
 
 
 def rounds_activations(program: Program) -> bool:
-    """Whether values are rounded on the way: where one lies between two codes, the last bit decides which it becomes."""
+    """Whether values are rounded on the way: between two codes, the last bit of a value decides which it becomes."""
     rounding = {"quantized_linear", _SIMULATED_FLOATS, *_SIMULATED}
     return any(defined.name in rounding for defined, _ in _xf_nodes(program))
 
