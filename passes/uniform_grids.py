@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,11 +98,6 @@ def _chosen(
 
 
 def weights_of(layers: Sequence[fx.Node], is_fit: Callable[[fx.Node], bool]) -> list[str]:
-    """Return the names of weights to round by training: those that fit, and that one layer alone reads."""
-    readers: Mapping[str, int] = Counter(_weight(node) for node in layers)
-    wanted: Iterable[str] = (_weight(node) for node in layers if readers[_weight(node)] == 1 and is_fit(node))
-    return list(wanted)
-
-
-def _weight(node: fx.Node) -> str:
-    return str(operand(node, 1).target)
+    """Return the names of weights to round by training: those that fit, and that nothing else reads."""
+    alone = [node for node in layers if len(operand(node, 1).users) == 1]
+    return [str(operand(node, 1).target) for node in alone if is_fit(node)]

@@ -172,16 +172,37 @@ def test_float_codes_are_the_nearest(name: str, kind: Any) -> None:
 def test_training_beats_the_nearest_code_in_every_block(
     name: str, options: dict[str, Any], kernel: str, vit: Program, images: list[dict[str, torch.Tensor]]
 ) -> None:
-    result = run(name, vit, images, iterations=60, minutes=None, **options)
+    result = run(name, vit, images, iterations=40, minutes=None, **options)
     assert operators(result.program).count(kernel) == 13
     assert not {"xf.linear", "xf.linear_activation"} & set(operators(result.program))
     before, after = (float(word) for word in result.notes[0].split() if "e-" in word)
     # 8 bits leave little to gain
-    assert after <= before if options.get("bits") == 8 else after < 0.85 * before
+    assert after <= before if options.get("bits") == 8 else after < 0.9 * before
     found, execution = on_target(result.program, images[0], "logits")
     assert distance(result.program.run(images[0])["logits"], found) < 2e-3
     assert distance(vit.run(images[0])["logits"], found) < 0.3
     assert list(execution.values()) == [13]
+
+
+def test_a_weight_that_an_embedding_shares_is_rounded_to_nearest() -> None:
+    program = Program.parse("""
+program "m" lifted
+dim batch in [1, inf]
+input %ids: i64[batch,3] below 20
+param %table: f32[20,16]
+param %w: f32[16,16]
+%x: f32[batch,3,16] = aten.embedding(%table, %ids)
+%y: f32[batch,3,16] = xf.linear(%x, %w)
+%z: f32[batch,3,20] = xf.linear(%y, %table)
+return logits=%z
+""")
+    batches = [{"ids": torch.arange(18).reshape(6, 3)}]
+    result = run("adaround", program, batches, group=0, iterations=20, minutes=None)
+    grid = fit_grid(program.parameters["table"], bits=4, group=16, symmetric=False, search=True)
+    variable = grid.variable(program.parameters["table"])
+    wanted = grid.codes(program.parameters["table"], variable.untrained()).packed()
+    assert torch.equal(result.program.parameters["table.codes"], wanted.weight)
+    assert operators(result.program).count("xf.weight_only_linear") == 2
 
 
 def test_sensitive_layers_stay_in_float(vit: Program, images: list[dict[str, torch.Tensor]]) -> None:
