@@ -61,7 +61,8 @@ class Aphq(Pass):
         scores: The output that holds class scores.
         drop: The chance of an element to be left unquantized in a training step.
         iterations: Training steps of each block, at most; MLPs take as many.
-        minutes: What training may take in all; steps are reduced to what fits.  None: no limit.
+        minutes: What training may take in all; steps are reduced to what fits.  What comes before training is not
+            counted.  None: no limit.
 
     """
 
