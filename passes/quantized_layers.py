@@ -32,7 +32,9 @@ __all__ = [
     "refuse_repetition",
 ]
 
-_QUANTIZED = frozenset({"quantized_linear", "shift_linear", "ternary_linear", "weight_only_linear"})
+_QUANTIZED = frozenset(
+    {"float_weight_linear", "quantized_linear", "shift_linear", "ternary_linear", "weight_only_linear"}
+)
 
 # returns the quantized layer without its activation, or why there is none
 Replace: TypeAlias = Callable[[Editor, LinearParts, fx.Node], "fx.Node | Reject"]
@@ -114,17 +116,25 @@ class QuantizeLinears(Pass):
     def replacing(self, program: Program, context: Context, layers: Sequence[fx.Node]) -> Replace:
         """Look at what the quantizer needs to know and return what quantizes one layer."""
 
+    def prepare(self, program: Program, context: Context, layers: Sequence[fx.Node]) -> tuple[Replace, tuple[str, ...]]:
+        """Return what :meth:`replacing` does, and what is to be noted of how it was found."""
+        return self.replacing(program, context, layers), ()
+
+    def quantize(self, program: Program, replace_layer: Replace, kept: Mapping[str, str]) -> PassResult:
+        """Quantize all layers but those in ``kept``, which gives the reasons by node name."""
+        return quantize_layers(program, replace_layer, self.skip, kept)
+
     def run(self, program: Program, context: Context) -> PassResult:
         """Quantize every layer, then take back the most sensitive ones until the drift is within its limit."""
         layers = [node for node in linear_layers(program) if not is_skipped(node, self.skip)]
         if not linear_layers(program):
             refuse_repetition(program, _QUANTIZED, "linear layers")
         check_weights(program, layers)
-        replace_layer = self.replacing(program, context, layers)
-        result = quantize_layers(program, replace_layer, self.skip, {})
-        if self.max_drift is None or not result.changed:
-            return result
-        return self._within(self.max_drift, program, context, replace_layer, result)
+        replace_layer, notes = self.prepare(program, context, layers)
+        result = self.quantize(program, replace_layer, {})
+        if self.max_drift is not None and result.changed:
+            result = self._within(self.max_drift, program, context, replace_layer, result)
+        return replace(result, notes=(*notes, *result.notes))
 
     def _within(
         self, limit: float, program: Program, context: Context, replace_layer: Replace, result: PassResult
@@ -141,14 +151,14 @@ class QuantizeLinears(Pass):
         while enough - too_few > 1:
             count = (too_few + enough) // 2
             context.progress("finding sensitive layers", count, len(order))
-            tried = quantize_layers(program, replace_layer, self.skip, _reasons(order[:count], errors))
+            tried = self.quantize(program, replace_layer, _reasons(order[:count], errors))
             found = drift_between(program, batches, wanted, tried.program)
             if found <= limit:
                 enough, best, drift = count, tried, found
             else:
                 too_few = count
         if not best.changed:
-            best = quantize_layers(program, replace_layer, self.skip, _reasons(order, errors))
+            best = self.quantize(program, replace_layer, _reasons(order, errors))
             return replace(best, notes=(f"no layer can be quantized with a drift of at most {limit:.2e}",))
         note = f"{enough} of {len(order)} layers kept in floating point, the most sensitive ones: drift {drift:.2e}"
         return replace(best, notes=(note,))

@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lift": {*_CORE, "rewrite", "match", "analysis", "verify", "canonical"},
     "calibration": {*_CORE, "rewrite", "match", "analysis", "verify", "canonical"},
     "observers": {"errors", "program"},
+    "reconstruction": {*_CORE, "rewrite", "match"},
     "pipeline": _MIDDLE,
-    "passes": {*_MIDDLE, "pipeline"},
+    "passes": {*_MIDDLE, "pipeline", "reconstruction"},
     "models": {"errors", "files", "kernels"},
     # tasks and what is trained on them stand above capture, which finds trained models by way of the zoo's index
     "models.tasks": {*_CORE, "models", "capture"},

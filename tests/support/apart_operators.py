@@ -12,6 +12,8 @@ TESTED_APART = {
     "delta_rule",
     "entmax_attention",
     "fake_quantize",
+    "fake_quantize_float",
+    "float_weight_linear",
     "flow_attention",
     "gated_linear_attention",
     "linear_attention",

@@ -22,6 +22,7 @@ from xformopt.lowering.manifest import (
     arithmetic_of,
     execution_of,
     precision_of,
+    rounds_activations,
     specs_of,
 )
 from xformopt.lowering.onnx_export import export_onnx
@@ -82,7 +83,8 @@ def lower_program(
     progress("exporting", 0, 3)
     exported = export_onnx(program)
     expected = {name: value.detach() for name, value in program.run(inputs).items()}
-    settings, tolerance = SessionSettings(), TOLERANCE[arithmetic_of(program)]
+    settings = SessionSettings()
+    tolerance = TOLERANCE["int8" if rounds_activations(program) else arithmetic_of(program)]
     is_standard = target != "ort-cpu"
     with _room_for_work():
         tuned = Tuned()

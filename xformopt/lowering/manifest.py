@@ -31,6 +31,7 @@ __all__ = [
     "hash_file",
     "precision_of",
     "read_manifest",
+    "rounds_activations",
     "specs_of",
 ]
 
@@ -48,6 +49,8 @@ _STORED = {
 }
 # what rounds a value to few levels that stay floats
 _SIMULATED = frozenset({"fake_quantize", "log_quantize"})
+_STORED_FLOATS = "float_weight_linear"
+_SIMULATED_FLOATS = "fake_quantize_float"
 
 
 class _Model(BaseModel):
@@ -163,27 +166,40 @@ def precision_of(program: Program) -> str:
     """Name what the linear layers execute in, or else the narrowest way that weights are stored in.
 
     ``int8``: integer products.  ``int4-weights`` and its like: stored in so many bits, computed in float;
-    ``shift5-weights`` where those are powers of two.
+    ``shift5-weights`` where those are powers of two, ``fp4-weights`` and its like where they are floats.
     Otherwise the narrowest floating-point type among the weights, ``fp32`` where there are none.
     """
     arithmetic = arithmetic_of(program)
-    stored = {
-        (int(str(node.kwargs["bits"])), "shift" if defined.name == "shift_linear" else "int")
-        for defined, node in _xf_nodes(program)
-        if defined.name in _STORED
-    }
+    stored = {_storage(defined.name, node) for defined, node in _xf_nodes(program)} - {None}
     if not stored or arithmetic == "int8":
         return arithmetic
-    bits, kind = min(stored)
+    bits, kind = min(found for found in stored if found is not None)
     return f"{kind}{bits}-weights"
+
+
+def _storage(operator: str, node: fx.Node) -> tuple[int, str] | None:
+    """Return in how many bits of what kind an operator's weight is stored, if in few."""
+    if operator == _STORED_FLOATS:
+        return int(str(node.kwargs["format"]).split("_")[0].removeprefix("fp")), "fp"
+    if operator in _STORED:
+        return int(str(node.kwargs["bits"])), "shift" if operator == "shift_linear" else "int"
+    return None
 
 
 def arithmetic_of(program: Program) -> str:
     """Name the arithmetic of linear layers: ``int8``, or else the narrowest floating-point type among the weights."""
-    used = {tensor.dtype for tensor in program.parameters.values() if tensor.dim() > 1}
+    # what scales are stored in says nothing of the arithmetic
+    scales = {arguments[2].target for arguments in _stored_floats(program)}
+    used = {tensor.dtype for name, tensor in program.parameters.items() if tensor.dim() > 1 and name not in scales}
     if any(defined.name == "quantized_linear" for defined, _ in _xf_nodes(program)):
         return "int8"
     return next((name for dtype, name in reversed(_PRECISIONS.items()) if dtype in used), "fp32")
+
+
+def rounds_activations(program: Program) -> bool:
+    """Whether values are rounded on the way: between two codes, the last bit of a value decides which it becomes."""
+    rounding = {"quantized_linear", _SIMULATED_FLOATS, *_SIMULATED}
+    return any(defined.name in rounding for defined, _ in _xf_nodes(program))
 
 
 def execution_of(program: Program) -> dict[str, int]:
@@ -197,13 +213,21 @@ def execution_of(program: Program) -> dict[str, int]:
             counted["linear layers executed in int8"] += 1
         elif defined.name in _STORED:
             counted[f"{_STORED[defined.name]} stored in {node.kwargs['bits']} bits, computed in float"] += 1
+        elif defined.name == _STORED_FLOATS:
+            counted[f"linear layers stored in {node.kwargs['format']}, made floats at load, computed in float"] += 1
         elif defined.name in _SIMULATED:
             counted[f"activations in {node.kwargs['bits']} bits, simulated in float"] += 1
         elif defined.name == "ternary_weight":
             counted[f"weights in {node.kwargs['bits']} bits, simulated in float"] += 1
+        elif defined.name == _SIMULATED_FLOATS:
+            counted[f"activations in {node.kwargs['format']}, simulated in float"] += 1
         elif defined.name in ("linear", "linear_activation"):
             counted["linear layers in float"] += 1
     return dict(sorted(counted.items()))
+
+
+def _stored_floats(program: Program) -> Iterator[tuple[Any, ...]]:
+    return (node.args for defined, node in _xf_nodes(program) if defined.name == _STORED_FLOATS)
 
 
 def _xf_nodes(program: Program) -> Iterator[tuple[Operator, fx.Node]]:
