@@ -198,7 +198,6 @@ TRAINED = (
         sources=("Touvron et al. 2020, Training data-efficient image transformers, arXiv 2012.12877", _DOSOVITSKIY),
         summary="DeiT of 6 layers and 66 tokens, distilled from a small convolutional network on the digits",
         folds=Digits.folds,
-        released=False,
     ),
     Trained(
         name="digits-pvt",
