@@ -198,3 +198,20 @@ return y=%y
 
 def test_parameter_bytes(program: Program) -> None:
     assert program.parameter_bytes == (64 + 8 + 3) * 4
+
+
+def test_a_parameter_may_be_named_inside_another() -> None:
+    # as codes are that stand beside a weight which stays for another reader
+    program = Program.parse("""
+program "tied" lifted
+input %x: f32[2,3]
+param %w: f32[3,3]
+param %w.codes: f32[3,3]
+param %w_codes: f32[3,3]
+%a: f32[2,3] = aten.mm(%x, %w)
+%b: f32[2,3] = aten.mm(%a, %w.codes)
+%c: f32[2,3] = aten.mm(%b, %w_codes)
+return c=%c
+""")
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(program.module()(x)[0], program.run({"x": x})["c"])

@@ -129,7 +129,11 @@ class Program:
 
     def module(self) -> fx.GraphModule:
         """Return an executable module of a copy of the graph (positional inputs; returns a tuple)."""
-        return fx.GraphModule(dict(self.parameters), self.copy().graph)
+        graph, names = self.copy().graph, _attribute_names(self.parameters)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                node.target = names[node.target]
+        return fx.GraphModule({names[name]: value for name, value in self.parameters.items()}, graph)
 
     def bind(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Check ``inputs`` against the specs and return the size of every dimension they fix.
@@ -220,3 +224,21 @@ def shape_of(program: Program, node: fx.Node) -> Shape:
 def path_of(node: fx.Node) -> str:
     """Return where in the source model a node comes from, ``encoder.layer.0.attention``; empty if unknown."""
     return str(node.meta.get("path", ""))
+
+
+def _attribute_names(parameters: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return names that attributes of modules can have: no tensor lies inside another one.
+
+    A weight that was quantized for some readers and stays for others has its codes beside it, ``w.codes`` and ``w``.
+    """
+    names: dict[str, str] = {}
+    for name in parameters:
+        parts = name.split(".")
+        own = parts[0]
+        for end in range(1, len(parts)):
+            inside = ".".join(parts[:end]) in parameters
+            own = f"{own}{'_' if inside else '.'}{parts[end]}"
+        while own != name and own in parameters:
+            own = f"{own}_"
+        names[name] = own
+    return names
