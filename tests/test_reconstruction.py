@@ -13,7 +13,7 @@ from torch import fx
 
 import xformopt.reconstruction.training as training_module
 from xformopt.errors import DataError, ProgramError
-from xformopt.passes.uniform_grids import fit_grid
+from xformopt.passes.quantize.support.uniform_grids import fit_grid
 from xformopt.program import Program
 from xformopt.reconstruction import (
     Free,

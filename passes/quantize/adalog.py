@@ -25,11 +25,19 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, operand, xf
-from xformopt.passes.layer_search import LinearSearch, ProductSearch, is_behind_gelu, split_heads
-from xformopt.passes.low_bit import Layer, LowBitPass, Plan, Prepared, Quantizer, Slot, refuse_constants
-from xformopt.passes.norm_quantizers import quantize_norms
-from xformopt.passes.quantization import PackedGroups
-from xformopt.passes.quantized_layers import is_skipped, linear_layers
+from xformopt.passes.quantize.support.layer_search import LinearSearch, ProductSearch, is_behind_gelu, split_heads
+from xformopt.passes.quantize.support.low_bit import (
+    Layer,
+    LowBitPass,
+    Plan,
+    Prepared,
+    Quantizer,
+    Slot,
+    refuse_constants,
+)
+from xformopt.passes.quantize.support.norm_quantizers import quantize_norms
+from xformopt.passes.quantize.support.quantization import PackedGroups
+from xformopt.passes.quantize.support.quantized_layers import is_skipped, linear_layers
 from xformopt.passes.samples import sample_items, sample_rows
 from xformopt.pipeline import Context
 from xformopt.program import Program

@@ -20,9 +20,9 @@ import torch
 from torch import fx
 
 from xformopt.match import operand, xf
-from xformopt.passes.quantization import GroupCodes
-from xformopt.passes.quantized_layers import QuantizeLinears, Replace
-from xformopt.passes.uniform_grids import UniformGrid, fit_grid, weights_of
+from xformopt.passes.quantize.support.quantization import GroupCodes
+from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, Replace
+from xformopt.passes.quantize.support.uniform_grids import UniformGrid, fit_grid, weights_of
 from xformopt.passes.weights import LinearParts, bias_operand
 from xformopt.pipeline import Context, Effect
 from xformopt.program import Program, value_of

@@ -1,8 +1,9 @@
 """Quantize linear layers to few bits by reconstruction that is weighted by what matters to the class scores (APHQ-ViT).
 
-1. Importance: the average perturbation Hessian H of each block's output (:mod:`xformopt.passes.perturbation`).
+1. Importance: the average perturbation Hessian H of each block's output
+   (:mod:`xformopt.passes.quantize.support.perturbation`).
 2. Every GELU between two linear layers becomes a ReLU, and both layers are trained anew to do what they did
-   (:mod:`xformopt.passes.relu_mlps`): its non-negative values suit uniform quantizers.
+   (:mod:`xformopt.passes.quantize.support.relu_mlps`): its non-negative values suit uniform quantizers.
 3. Uniform quantizers everywhere: one scale per row of a weight, one range per value that linear layers and attention
    read.  Block by block, min mean(H (O^ - O)^2) over the rounding of weights and the scales of activations, with half
    of the elements left unquantized at random in each step (QDrop).
@@ -28,11 +29,16 @@ from torch import fx
 from xformopt.errors import DataError, PassError
 from xformopt.match import arguments, is_call, operand, xf
 from xformopt.observers import affine_parameters, observe_ranges
-from xformopt.passes.perturbation import perturbation_hessian
-from xformopt.passes.quantization import GroupCodes
-from xformopt.passes.quantized_layers import check_weights, is_skipped, linear_layers, refuse_repetition
-from xformopt.passes.relu_mlps import Mlp, find_mlps, reconstruct_mlps
-from xformopt.passes.uniform_grids import UniformGrid, fit_grid, weights_of
+from xformopt.passes.quantize.support.perturbation import perturbation_hessian
+from xformopt.passes.quantize.support.quantization import GroupCodes
+from xformopt.passes.quantize.support.quantized_layers import (
+    check_weights,
+    is_skipped,
+    linear_layers,
+    refuse_repetition,
+)
+from xformopt.passes.quantize.support.relu_mlps import Mlp, find_mlps, reconstruct_mlps
+from xformopt.passes.quantize.support.uniform_grids import UniformGrid, fit_grid, weights_of
 from xformopt.passes.weights import LinearParts, bias_operand, linear_parts
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program, value_of

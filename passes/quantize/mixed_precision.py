@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from xformopt.passes.knapsack import Selection, undominated
-from xformopt.passes.layer_study import LayerStudy, Option, Unit
 from xformopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from xformopt.passes.quantize.quantize_weights import QuantizeWeights
-from xformopt.passes.quantized_layers import (
+from xformopt.passes.quantize.support.layer_study import LayerStudy, Option, Unit
+from xformopt.passes.quantize.support.quantized_layers import (
     QuantizeLinears,
     check_weights,
     is_skipped,

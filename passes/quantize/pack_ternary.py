@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, operand, xf
-from xformopt.passes.ternary import packed_levels
+from xformopt.passes.quantize.support.ternary import packed_levels
 from xformopt.pipeline import Context, RewritePass
 from xformopt.program import Level, Program
 from xformopt.rewrite import Editor, Reject, Rule

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from xformopt.match import xf
-from xformopt.passes.quantization import quantize_rows
-from xformopt.passes.quantized_layers import QuantizeLinears, Replace
+from xformopt.passes.quantize.support.quantization import quantize_rows
+from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, Replace
 from xformopt.passes.weights import LinearParts, bias_operand
 from xformopt.pipeline import Context
 from xformopt.program import Program

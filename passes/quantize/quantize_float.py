@@ -22,9 +22,9 @@ from torch import fx
 
 from xformopt.kernels.float_formats import FORMATS
 from xformopt.match import is_call, operand, xf
-from xformopt.passes.float_grids import FloatGrid, PackedFloats, ScaleKind, fit_float_grid
-from xformopt.passes.quantized_layers import QuantizeLinears, Replace
-from xformopt.passes.uniform_grids import weights_of
+from xformopt.passes.quantize.support.float_grids import FloatGrid, PackedFloats, ScaleKind, fit_float_grid
+from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, Replace
+from xformopt.passes.quantize.support.uniform_grids import weights_of
 from xformopt.passes.weights import LinearParts, bias_operand
 from xformopt.pipeline import Context, PassResult
 from xformopt.program import Program, value_of

@@ -20,7 +20,7 @@ import torch
 
 from xformopt.match import operand
 from xformopt.observers import Method, Range, affine_parameters, observe_ranges
-from xformopt.passes.low_bit import (
+from xformopt.passes.quantize.support.low_bit import (
     Dynamic,
     Layer,
     LowBitPass,
@@ -31,7 +31,7 @@ from xformopt.passes.low_bit import (
     nearest_rows,
     refuse_constants,
 )
-from xformopt.passes.quantized_layers import is_skipped, linear_layers
+from xformopt.passes.quantize.support.quantized_layers import is_skipped, linear_layers
 from xformopt.pipeline import Context
 
 __all__ = ["QuantizeLowBit"]

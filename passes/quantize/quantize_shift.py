@@ -21,7 +21,7 @@ from torch import fx
 from xformopt.kernels.packing import pack
 from xformopt.match import xf
 from xformopt.passes.attention_layers import attention_linears
-from xformopt.passes.quantized_layers import QuantizeLinears, Replace
+from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, Replace
 from xformopt.passes.weights import LinearParts, bias_operand
 from xformopt.pipeline import Context
 from xformopt.program import Program

@@ -26,9 +26,15 @@ from xformopt.match import arguments, call_with, is_call, operand, readers, xf
 from xformopt.observers import Range, affine_parameters, observe_ranges
 from xformopt.passes.quantize.quantize_static import QuantizeStatic
 from xformopt.passes.quantize.quantize_weights import QuantizeWeights
-from xformopt.passes.quantized_layers import Replace, check_weights, is_skipped, linear_layers, quantize_layers
-from xformopt.passes.state_groups import group_channels
-from xformopt.passes.state_space import SCANS, is_rotation, projections, scans
+from xformopt.passes.quantize.support.quantized_layers import (
+    Replace,
+    check_weights,
+    is_skipped,
+    linear_layers,
+    quantize_layers,
+)
+from xformopt.passes.quantize.support.state_groups import group_channels
+from xformopt.passes.quantize.support.state_space import SCANS, is_rotation, projections, scans
 from xformopt.passes.weights import LinearParts, linear_parts
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program, path_of, value_of

@@ -21,8 +21,8 @@ from torch import fx
 from xformopt.errors import DataError
 from xformopt.match import operand, xf
 from xformopt.observers import Method, Range, affine_parameters, observe_ranges
-from xformopt.passes.quantization import quantize_rows
-from xformopt.passes.quantized_layers import QuantizeLinears, Replace
+from xformopt.passes.quantize.support.quantization import quantize_rows
+from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, Replace
 from xformopt.passes.weights import LinearParts, bias_operand
 from xformopt.pipeline import Context
 from xformopt.program import Program, path_of

@@ -22,8 +22,8 @@ import torch
 from torch import fx
 
 from xformopt.match import operand, xf
-from xformopt.passes.quantized_layers import QuantizeLinears, Replace
-from xformopt.passes.ternary import Elastic, elastic_ranges, packed_levels
+from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, Replace
+from xformopt.passes.quantize.support.ternary import Elastic, elastic_ranges, packed_levels
 from xformopt.passes.weights import LinearParts, bias_operand
 from xformopt.pipeline import Context
 from xformopt.program import Program

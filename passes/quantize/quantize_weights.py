@@ -17,9 +17,9 @@ import torch
 from torch import fx
 
 from xformopt.match import operand, xf
-from xformopt.passes.gptq import gptq, gram_matrices
-from xformopt.passes.quantization import PackedGroups, check_groups, quantize_groups
-from xformopt.passes.quantized_layers import QuantizeLinears, Replace
+from xformopt.passes.quantize.support.gptq import gptq, gram_matrices
+from xformopt.passes.quantize.support.quantization import PackedGroups, check_groups, quantize_groups
+from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, Replace
 from xformopt.passes.weights import LinearParts, bias_operand
 from xformopt.pipeline import Context
 from xformopt.program import Program, value_of

@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 
 from xformopt.match import arguments, operand
-from xformopt.passes.low_bit import (
+from xformopt.passes.quantize.support.low_bit import (
     Layer,
     Logarithmic,
     LowBitPass,
@@ -40,9 +40,9 @@ from xformopt.passes.low_bit import (
     nearest_rows,
     refuse_constants,
 )
-from xformopt.passes.norm_quantizers import quantize_norms, uniform_of
-from xformopt.passes.quantized_layers import is_skipped, linear_layers
-from xformopt.passes.refitting import observe_moments, refitted
+from xformopt.passes.quantize.support.norm_quantizers import quantize_norms, uniform_of
+from xformopt.passes.quantize.support.quantized_layers import is_skipped, linear_layers
+from xformopt.passes.quantize.support.refitting import observe_moments, refitted
 from xformopt.passes.samples import sample_rows
 from xformopt.pipeline import Context
 from xformopt.program import Program

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 
 from xformopt.observers import Moments, observe_moments
-from xformopt.passes.channel_scaling import linear_inputs, multiplying_rule, norm_outputs, scaling_rule
+from xformopt.passes.quantize.support.channel_scaling import linear_inputs, multiplying_rule, norm_outputs, scaling_rule
 from xformopt.pipeline import Context, RewritePass
 from xformopt.program import Program
 from xformopt.rewrite import Reject, Rule

@@ -19,8 +19,8 @@ from torch import fx
 
 from xformopt.match import arguments, call_with, is_call, operand, xf
 from xformopt.observers import observe_ranges
-from xformopt.passes.state_groups import group_channels
-from xformopt.passes.state_space import StateSpaceLayer, match_layer
+from xformopt.passes.quantize.support.state_groups import group_channels
+from xformopt.passes.quantize.support.state_space import StateSpaceLayer, match_layer
 from xformopt.pipeline import Context, RewritePass
 from xformopt.program import Program, path_of
 from xformopt.rewrite import Editor, Reject, Rule

@@ -23,9 +23,9 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, xf
-from xformopt.passes.token_flow import Flow, Reducer
-from xformopt.passes.token_reduction import TokenReduction
-from xformopt.passes.token_stream import RefusalError, TokenLayer, TokenStream
+from xformopt.passes.tokens.support.token_flow import Flow, Reducer
+from xformopt.passes.tokens.support.token_reduction import TokenReduction
+from xformopt.passes.tokens.support.token_stream import RefusalError, TokenLayer, TokenStream
 from xformopt.pipeline import Context
 from xformopt.program import Program, shape_of
 

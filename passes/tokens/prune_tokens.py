@@ -18,10 +18,10 @@ from typing import ClassVar
 from torch import fx
 
 from xformopt.match import xf
-from xformopt.passes.token_flow import Flow, Reducer
-from xformopt.passes.token_reduction import TokenReduction
-from xformopt.passes.token_scores import Dropping, Judge, attention_scores
-from xformopt.passes.token_stream import RefusalError, TokenLayer, TokenStream
+from xformopt.passes.tokens.support.token_flow import Flow, Reducer
+from xformopt.passes.tokens.support.token_reduction import TokenReduction
+from xformopt.passes.tokens.support.token_scores import Dropping, Judge, attention_scores
+from xformopt.passes.tokens.support.token_stream import RefusalError, TokenLayer, TokenStream
 from xformopt.pipeline import Context
 from xformopt.program import Program
 

@@ -23,10 +23,10 @@ from torch import fx
 from xformopt.errors import DataError
 from xformopt.kernels.attention_received import attention_received
 from xformopt.match import arguments, xf
-from xformopt.passes.token_flow import Flow, Reducer
-from xformopt.passes.token_reduction import TokenReduction
-from xformopt.passes.token_scores import Dropping
-from xformopt.passes.token_stream import RefusalError, TokenLayer, TokenStream
+from xformopt.passes.tokens.support.token_flow import Flow, Reducer
+from xformopt.passes.tokens.support.token_reduction import TokenReduction
+from xformopt.passes.tokens.support.token_scores import Dropping
+from xformopt.passes.tokens.support.token_stream import RefusalError, TokenLayer, TokenStream
 from xformopt.pipeline import Context
 from xformopt.program import Program, interpret, value_of
 

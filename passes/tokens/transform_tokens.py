@@ -23,11 +23,11 @@ from torch import fx
 
 from xformopt.errors import PassError
 from xformopt.match import xf
-from xformopt.passes.token_flow import Flow, Reducer
-from xformopt.passes.token_reduction import TokenReduction
-from xformopt.passes.token_scores import attention_scores
-from xformopt.passes.token_stream import TokenLayer, TokenStream
 from xformopt.passes.tokens.merge_tokens import keys_of
+from xformopt.passes.tokens.support.token_flow import Flow, Reducer
+from xformopt.passes.tokens.support.token_reduction import TokenReduction
+from xformopt.passes.tokens.support.token_scores import attention_scores
+from xformopt.passes.tokens.support.token_stream import TokenLayer, TokenStream
 from xformopt.pipeline import Context
 from xformopt.program import Program
 

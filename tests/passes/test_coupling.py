@@ -12,7 +12,7 @@ from xformopt.capture.exporter import capture_module
 from xformopt.match import arguments, is_call, xf
 from xformopt.models.llama import Llama, LlamaConfig
 from xformopt.models.pvt import ARCHITECTURES as PVT
-from xformopt.passes.removal import remove_units
+from xformopt.passes.prune.support.removal import remove_units
 from xformopt.pipeline import Pipeline
 from xformopt.program import Program
 from xformopt.verify import check

@@ -16,7 +16,7 @@ from xformopt.lowering import lower
 from xformopt.passes import build_pass, parse_pass
 from xformopt.passes.attention_layers import attention_linears
 from xformopt.passes.quantize.quantize_shift import shift_codes
-from xformopt.passes.ternary import elastic_ranges, packed_levels
+from xformopt.passes.quantize.support.ternary import elastic_ranges, packed_levels
 from xformopt.pipeline import Context, PassResult, Pipeline
 from xformopt.program import Program
 from xformopt.program.text import target_name

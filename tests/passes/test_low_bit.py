@@ -14,12 +14,12 @@ from xformopt.errors import DataError, PassError, UsageError
 from xformopt.lowering import lower
 from xformopt.models.vit import ViT, ViTConfig
 from xformopt.passes import parse_pass
-from xformopt.passes.layer_search import rows_in_range
-from xformopt.passes.low_bit import Prepared, nearest_rows
-from xformopt.passes.norm_quantizers import clipped_ranges, quantize_norms
-from xformopt.passes.progressive_search import progressive_search
-from xformopt.passes.quantization import dequantized
-from xformopt.passes.refitting import Moments, refitted
+from xformopt.passes.quantize.support.layer_search import rows_in_range
+from xformopt.passes.quantize.support.low_bit import Prepared, nearest_rows
+from xformopt.passes.quantize.support.norm_quantizers import clipped_ranges, quantize_norms
+from xformopt.passes.quantize.support.progressive_search import progressive_search
+from xformopt.passes.quantize.support.quantization import dequantized
+from xformopt.passes.quantize.support.refitting import Moments, refitted
 from xformopt.pipeline import Context, Pipeline
 from xformopt.program import Program, interpret
 from xformopt.program.text import target_name

@@ -14,11 +14,11 @@ from xformopt.analysis.coupling import Group, find_groups
 from xformopt.errors import DataError, PassError, UsageError
 from xformopt.lowering import lower
 from xformopt.passes import build_pass
-from xformopt.passes.importance import magnitude, taylor
 from xformopt.passes.least_squares import refit
-from xformopt.passes.optin import optin
-from xformopt.passes.removal import remove_units
-from xformopt.passes.unit_scores import score_units
+from xformopt.passes.prune.support.importance import magnitude, taylor
+from xformopt.passes.prune.support.optin import optin
+from xformopt.passes.prune.support.removal import remove_units
+from xformopt.passes.prune.support.unit_scores import score_units
 from xformopt.pipeline import Context, PassResult, Pipeline
 from xformopt.program import Program, interpret
 

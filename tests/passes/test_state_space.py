@@ -15,7 +15,7 @@ from xformopt.lowering import lower
 from xformopt.models.mamba import Mamba, Mamba2, Mamba2Config, MambaConfig
 from xformopt.passes import parse_pass
 from xformopt.passes.quantize.quantize_state_space import hadamard
-from xformopt.passes.state_groups import cluster_profiles, contiguous_segments, group_channels
+from xformopt.passes.quantize.support.state_groups import cluster_profiles, contiguous_segments, group_channels
 from xformopt.pipeline import Context, Pipeline, PipelineResult
 from xformopt.program import Program
 from xformopt.program.text import target_name

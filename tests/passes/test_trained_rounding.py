@@ -16,9 +16,9 @@ from xformopt.kernels.float_formats import FORMATS, unpack_floats
 from xformopt.lowering import lower
 from xformopt.models.vit import ViT, ViTConfig
 from xformopt.passes import build_pass, parse_pass
-from xformopt.passes.float_grids import fit_float_grid
-from xformopt.passes.perturbation import perturbation_hessian
-from xformopt.passes.uniform_grids import fit_grid
+from xformopt.passes.quantize.support.float_grids import fit_float_grid
+from xformopt.passes.quantize.support.perturbation import perturbation_hessian
+from xformopt.passes.quantize.support.uniform_grids import fit_grid
 from xformopt.pipeline import Context, PassResult, Pipeline
 from xformopt.program import Program
 from xformopt.program.text import target_name

@@ -73,7 +73,8 @@ def pass_files() -> dict[str, list[str]]:
         package = f"{_PACKAGE}.{family.name}"
         folders = [f"{path}/{family.name}" for path in roots]
         for module in pkgutil.iter_modules(folders):
-            if not module.name.startswith("_"):
+            # a folder inside a family holds what its passes share
+            if not module.ispkg:
                 found.setdefault(module.name.replace("_", "-"), []).append(f"{package}.{module.name}")
     return found
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from xformopt.errors import PassError
 from xformopt.match import arguments, operand
-from xformopt.passes.quantized_layers import (
+from xformopt.passes.quantize.support.quantized_layers import (
     QuantizeLinears,
     Replace,
     drift_between,

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from xformopt.errors import DataError
-from xformopt.passes.quantization import GroupCodes, quantize_groups
+from xformopt.passes.quantize.support.quantization import GroupCodes, quantize_groups
 from xformopt.program import Program, interpret, path_of, valid_positions, value_of
 
 __all__ = ["Seen", "gptq", "gram_matrices"]

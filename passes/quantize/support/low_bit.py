@@ -21,8 +21,13 @@ from xformopt.kernels.log_quantize import log_quantize
 from xformopt.kernels.packing import WIDTHS
 from xformopt.match import arguments, is_call, operand, xf
 from xformopt.passes.fold.eliminate_common_subexpressions import EliminateCommonSubexpressions
-from xformopt.passes.quantization import GroupCodes, PackedGroups, quantize_groups
-from xformopt.passes.quantized_layers import check_weights, is_skipped, linear_layers, refuse_repetition
+from xformopt.passes.quantize.support.quantization import GroupCodes, PackedGroups, quantize_groups
+from xformopt.passes.quantize.support.quantized_layers import (
+    check_weights,
+    is_skipped,
+    linear_layers,
+    refuse_repetition,
+)
 from xformopt.passes.weights import linear_parts
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program, path_of, value_of

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 
 from xformopt.match import is_call, operand, xf
-from xformopt.passes.channel_scaling import ChannelAffine, norm_outputs, scaling_rule
-from xformopt.passes.low_bit import Prepared, Uniform
-from xformopt.passes.quantized_layers import is_skipped
+from xformopt.passes.quantize.support.channel_scaling import ChannelAffine, norm_outputs, scaling_rule
+from xformopt.passes.quantize.support.low_bit import Prepared, Uniform
+from xformopt.passes.quantize.support.quantized_layers import is_skipped
 from xformopt.passes.samples import sample_rows
 from xformopt.pipeline import Context
 from xformopt.program import Program

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from xformopt.match import operand
-from xformopt.passes.quantization import GroupCodes, quantize_groups
+from xformopt.passes.quantize.support.quantization import GroupCodes, quantize_groups
 from xformopt.reconstruction import Rounding
 
 __all__ = ["UniformGrid", "fit_grid", "weights_of"]

@@ -12,8 +12,8 @@ import torch
 from xformopt.analysis import cost
 from xformopt.analysis.coupling import Group
 from xformopt.errors import PassError
-from xformopt.passes.importance import Scores
-from xformopt.passes.removal import remove_units
+from xformopt.passes.prune.support.importance import Scores
+from xformopt.passes.prune.support.removal import remove_units
 from xformopt.pipeline import Context
 from xformopt.program import Program
 

@@ -7,8 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from xformopt.analysis.coupling import Group
-from xformopt.passes.importance import Importance, Scores, activation_energy, magnitude, read_values, taylor, wanda
-from xformopt.passes.optin import optin
+from xformopt.passes.prune.support.importance import (
+    Importance,
+    Scores,
+    activation_energy,
+    magnitude,
+    read_values,
+    taylor,
+    wanda,
+)
+from xformopt.passes.prune.support.optin import optin
 from xformopt.pipeline import Context
 from xformopt.program import Program
 
@@ -25,7 +33,7 @@ def score_units(
         groups: Of it; linear layers read each.
         importance: The criterion.
         context: Has the calibration data, which all criteria but magnitude look at.
-        together: See :func:`xformopt.passes.optin.optin`.
+        together: See :func:`xformopt.passes.prune.support.optin.optin`.
 
     Raises:
         DataError: there is no calibration data.

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, xf
-from xformopt.passes.low_bit import Logarithmic, Quantizer, Uniform
-from xformopt.passes.progressive_search import progressive_search
-from xformopt.passes.quantization import GroupCodes, dequantized
+from xformopt.passes.quantize.support.low_bit import Logarithmic, Quantizer, Uniform
+from xformopt.passes.quantize.support.progressive_search import progressive_search
+from xformopt.passes.quantize.support.quantization import GroupCodes, dequantized
 
 __all__ = ["LinearSearch", "ProductSearch", "is_behind_gelu", "rows_in_range", "split_heads"]
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from xformopt.passes.gptq import gptq
-from xformopt.passes.low_bit import Layer, Quantizer
-from xformopt.passes.quantization import dequantized
+from xformopt.passes.quantize.support.gptq import gptq
+from xformopt.passes.quantize.support.low_bit import Layer, Quantizer
+from xformopt.passes.quantize.support.quantization import dequantized
 from xformopt.passes.samples import valid_rows
 from xformopt.program import Program, interpret, value_of
 

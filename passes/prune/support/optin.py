@@ -22,7 +22,7 @@ from torch.nn import functional
 from xformopt.analysis.coupling import Group, find_groups
 from xformopt.match import arguments
 from xformopt.passes.answers import Answer, answer_of, valid_rows
-from xformopt.passes.importance import Scores, read_values, require_batches
+from xformopt.passes.prune.support.importance import Scores, read_values, require_batches
 from xformopt.passes.replay import Replay
 from xformopt.program import Program
 

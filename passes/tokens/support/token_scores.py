@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, xf
-from xformopt.passes.token_flow import Flow, Reducer
-from xformopt.passes.token_stream import RefusalError, TokenLayer
+from xformopt.passes.tokens.support.token_flow import Flow, Reducer
+from xformopt.passes.tokens.support.token_stream import RefusalError, TokenLayer
 from xformopt.program import infer_value
 from xformopt.program.text import target_name
 
