@@ -11,7 +11,7 @@ from torch import fx
 from xformopt.match import arguments, is_call, xf
 from xformopt.program import Program, path_of, shape_of
 
-__all__ = ["Sublayer", "find_sublayers", "remove_sublayers"]
+__all__ = ["Sublayer", "find_sublayers", "remove_sublayers", "stream_of"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def remove_sublayers(program: Program, removed: Iterable[Sublayer]) -> Program:
     named = {node.name: node for node in result.graph.nodes}
     for sublayer in removed:
         total = named[sublayer.total]
-        # the stream may be the sum of a sublayer that went before
-        total.replace_all_uses_with(total.all_input_nodes[_position(total, named[sublayer.branch])])
+        total.replace_all_uses_with(stream_of(total, named[sublayer.branch]))
     return result.drop_unused()
 
 
-def _position(total: fx.Node, branch: fx.Node) -> int:
-    return 1 - total.all_input_nodes.index(branch)
+def stream_of(total: fx.Node, branch: fx.Node) -> fx.Node:
+    """Return what a sum adds a branch to: not always the first stream, as a sublayer in front of it may have gone."""
+    return total.all_input_nodes[1 - total.all_input_nodes.index(branch)]

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import ClassVar, Literal
+
+import torch
 
 from xformopt.errors import PassError
 from xformopt.match import is_call, xf
@@ -21,7 +24,8 @@ from xformopt.passes.answers import answer_of
 from xformopt.passes.least_squares import refit
 from xformopt.passes.prune.support.importance import require_batches
 from xformopt.passes.prune.support.unit_selection import Budget, used
-from xformopt.passes.sublayers import Sublayer, find_sublayers, remove_sublayers
+from xformopt.passes.replay import Replay
+from xformopt.passes.sublayers import Sublayer, find_sublayers, remove_sublayers, stream_of
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program, interpret
 
@@ -70,6 +74,8 @@ class PruneSublayers(Pass):
             )
         gone: list[Sublayer] = []
         result, reached = program, 0.0
+        whole = used(program, "flops")
+        saved = {layer: max(1, whole - used(remove_sublayers(program, [layer]), "flops")) for layer in left}
         while reached < self.remove:
             if not left:
                 raise PassError(
@@ -77,7 +83,8 @@ class PruneSublayers(Pass):
                     f"the {len(gone)} sublayers {reached:.1%} do. Ask for less, or prune units as well."
                 )
             context.progress("removing sublayers", len(gone), len(gone) + len(left))
-            least = self._least(program, result, left, context)
+            harm = _harm(program, result, left, context.calibration[:_BATCHES])
+            _, least = min(((harm[layer] / saved[layer], layer) for layer in left), key=itemgetter(0))
             left.remove(least)
             gone.append(least)
             result = remove_sublayers(program, gone)
@@ -90,19 +97,6 @@ class PruneSublayers(Pass):
         )
         return PassResult(result, True, (), (), notes)
 
-    def _least(self, program: Program, current: Program, left: Sequence[Sublayer], context: Context) -> Sublayer:
-        batches = context.calibration[:_BATCHES]
-        wanted = [answer_of(program, interpret(program, batch), batch) for batch in batches]
-        now = used(current, "flops")
-
-        def harm(layer: Sublayer) -> float:
-            tried = remove_sublayers(current, [layer])
-            found = [answer_of(tried, interpret(tried, batch), batch) for batch in batches]
-            moved = sum(float(one.divergence(other)) for one, other in zip(wanted, found, strict=True))
-            return moved / max(1, now - used(tried, "flops"))
-
-        return min(left, key=harm)
-
     def _reached(self, before: Program, after: Program, context: Context) -> float:
         """Return the share of the budget that is gone; of latency, by the middle of the measured interval."""
         if self.budget != "latency":
@@ -113,6 +107,24 @@ class PruneSublayers(Pass):
                 "(or give measure=... in Python), or set budget=flops."
             )
         return 1 - 2 / sum(context.measure(before, after))
+
+
+def _harm(
+    program: Program, current: Program, layers: Sequence[Sublayer], batches: Sequence[dict[str, torch.Tensor]]
+) -> dict[Sublayer, float]:
+    """Return how far the answers of the original move when one layer more is left out."""
+    named = {node.name: node for node in current.graph.nodes}
+    found = dict.fromkeys(layers, 0.0)
+    for batch in batches:
+        wanted = answer_of(program, interpret(program, batch), batch)
+        replay = Replay(current, batch)
+        for layer in layers:
+            total = named[layer.total]
+            stream = stream_of(total, named[layer.branch])
+            values = replay.run(total, replay.values[stream], 1, current.results)
+            outputs = {spec.name: values[node] for spec, node in zip(current.outputs, current.results, strict=True)}
+            found[layer] += float(wanted.divergence(answer_of(current, outputs, batch)))
+    return found
 
 
 def _behind(result: Program, every: Sequence[Sublayer], gone: Sequence[Sublayer]) -> list[str]:
