@@ -54,7 +54,7 @@ def _fold_gated_prompt(editor: Editor, node: fx.Node) -> fx.Node | Reject | None
         heads = _heads_of_attention(editor, attended)
         if heads is None or _constant_keys(editor, heads.source) is None:
             continue
-        factor = torch.tensor(gate) if isinstance(gate, int | float) else _constant(editor, gate)
+        factor = _constant(editor, gate) if isinstance(gate, fx.Node) else torch.tensor(gate)
         per_head = factor is not None and (factor.dim() < 2 or factor.shape[-2:] == (1, 1))
         if factor is None or not per_head or factor.numel() not in (1, heads.count):
             return Reject("the gate of the prompt is no constant of each head")
@@ -164,4 +164,5 @@ def _constant(editor: Editor, node: fx.Node) -> torch.Tensor | None:
         return True
 
     with torch.no_grad():
-        return known[node] if compute(node) and isinstance(known[node], torch.Tensor) else None
+        found = known[node] if compute(node) else None
+    return found if isinstance(found, torch.Tensor) else None

@@ -35,13 +35,13 @@ from xformopt.passes.weights import bias_operand, linear_parts
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program, value_of
 from xformopt.reconstruction import Attempt, Free, Objective, Settings, cut_at, reconstruct
-from xformopt.rewrite import Editor, Reject, rewrite
+from xformopt.rewrite import Editor, Reject, Rewritten, rewrite
 
 __all__ = ["FactorizeSparse"]
 
 # numbers of dense vectors that are tried, and how often factors are fitted to tell them apart, and in the end
-_VECTORS = (16, 32, 64, 96, 128, 192, 256)
-_TRIED, _FITTED = 2, 8
+_VECTORS = (16, 32, 64, 128, 256)
+_TRIED, _FITTED = 1, 4
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,13 @@ class FactorizeSparse(Pass):
         if self.iterations and fits:
             fits, trained = self._trained(program, context, fits)
             notes.append(trained)
-        result = _replaced(program, {name: fit.factors for name, fit in fits.items()})
-        if result is None:
+        done = _replaced(program, {name: fit.factors for name, fit in fits.items()})
+        if not done.fired:
             return PassResult(program, False, (), tuple(found.rejected))
-        saved = 1 - result.parameter_bytes / program.parameter_bytes
-        return PassResult(result, True, (), tuple(found.rejected), (*notes, f"{saved:.1%} of all bytes saved"))
+        done.program.level = Level.TARGET
+        saved = 1 - done.program.parameter_bytes / program.parameter_bytes
+        notes.append(f"{saved:.1%} of all bytes saved")
+        return PassResult(done.program, True, done.fired, tuple(found.rejected), tuple(notes))
 
     def _fitted(self, program: Program, found: Candidates, context: Context) -> dict[str, _Fit]:
         """Return the factors of each weight; refuse those of which SVD makes more."""
@@ -221,10 +223,8 @@ def _divergence(program: Program) -> Objective:
 def _summary(found: Candidates, fits: Mapping[str, _Fit]) -> str:
     if not fits:
         return "no layer is factorized"
-    errors, plain = (
-        sum(value(fit) / fit.whole for fit in fits.values()) / len(fits)
-        for value in (lambda fit: fit.factors.error, lambda fit: fit.plain)
-    )
+    errors = sum(fit.factors.error / fit.whole for fit in fits.values()) / len(fits)
+    plain = sum(fit.plain / fit.whole for fit in fits.values()) / len(fits)
     return (
         f"{len(fits)} of {len(fits) + _refused(found)} weights factorized: squared error of their outputs "
         f"{errors:.2e}, by SVD of as many bytes {plain:.2e} (mean, relative)"
@@ -235,7 +235,7 @@ def _refused(found: Candidates) -> int:
     return len({refusal.value for refusal in found.rejected})
 
 
-def _replaced(program: Program, factors: Mapping[str, SparseFactors]) -> Program | None:
+def _replaced(program: Program, factors: Mapping[str, SparseFactors]) -> Rewritten:
     def factorize_sparse(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
         if not is_call(node, xf.linear, xf.linear_activation) or str(operand(node, 1).target) not in factors:
             return None
@@ -258,8 +258,4 @@ def _replaced(program: Program, factors: Mapping[str, SparseFactors]) -> Program
 
     packed: dict[str, tuple[torch.Tensor, int]] = {}
     floats: dict[str, Sequence[torch.Tensor]] = {}
-    done = rewrite(program, {"factorize-sparse": factorize_sparse}, sweeps=1)
-    if not done.fired:
-        return None
-    done.program.level = Level.TARGET
-    return done.program
+    return rewrite(program, {"factorize-sparse": factorize_sparse}, sweeps=1)

@@ -23,7 +23,8 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 
 def fold(name: str, module: nn.Module, x: torch.Tensor) -> PipelineResult:
-    return Pipeline([parse_pass(name)]).run(xo.capture(module, {"x": x}))
+    program = xo.capture(module, {"x": x}, dynamic={"x": {0: "batch", 1: "length"}})
+    return Pipeline([parse_pass(name)]).run(program)
 
 
 def operators(program: Program) -> list[str]:

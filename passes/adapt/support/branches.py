@@ -137,7 +137,8 @@ def compose(editor: Editor, chain: Sequence[fx.Node]) -> tuple[torch.Tensor, tor
     """
     inputs = _varying(chain[-1]) if is_call(chain[-1], *_PRODUCTS) else operand(chain[-1])
     assert inputs is not None
-    weight, bias = torch.eye(int(value_of(inputs).shape[-1]), dtype=torch.float64), None
+    weight = torch.eye(int(value_of(inputs).shape[-1]), dtype=torch.float64)
+    bias: torch.Tensor | None = None
     narrowest = len(weight)
     for node in reversed(chain):
         applied = _apply(editor, node, weight, bias)

@@ -63,7 +63,8 @@ def whitening(gram: torch.Tensor, count: int) -> torch.Tensor:
     """Return S, lower triangular, from ``X^T X`` over ``count`` positions, damped."""
     mean = gram / count
     damping = _DAMPING * mean.diagonal().mean()
-    return torch.linalg.cholesky(mean + damping * torch.eye(len(mean), dtype=mean.dtype))
+    factor: torch.Tensor = torch.linalg.cholesky(mean + damping * torch.eye(len(mean), dtype=mean.dtype))
+    return factor
 
 
 def break_even(outputs: int, inputs: int) -> float:

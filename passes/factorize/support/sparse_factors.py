@@ -112,7 +112,8 @@ def fit_factors(
 def _leading(target: torch.Tensor, vectors: int) -> torch.Tensor:
     """Return the leading right singular vectors; where there are fewer, unit vectors fill up."""
     right = torch.linalg.svd(target, full_matrices=False).Vh[:vectors]
-    return torch.cat([right, torch.eye(target.shape[1], dtype=target.dtype)[: vectors - len(right)]])
+    found: torch.Tensor = torch.cat([right, torch.eye(target.shape[1], dtype=target.dtype)[: vectors - len(right)]])
+    return found
 
 
 def _normalized(basis: torch.Tensor) -> torch.Tensor:
@@ -150,7 +151,8 @@ def _least_squares(
     scale = inner.diagonal().mean().clamp(min=_TINY)
     # a little of the old basis keeps what the entries do not determine
     held = 1e-6 * scale * torch.eye(len(inner), dtype=inner.dtype)
-    return torch.linalg.solve(inner + held, coefficients.t() @ target + held @ basis)
+    found: torch.Tensor = torch.linalg.solve(inner + held, coefficients.t() @ target + held @ basis)
+    return found
 
 
 def _dense(places: torch.Tensor, values: torch.Tensor, vectors: int) -> torch.Tensor:
