@@ -112,12 +112,12 @@ def fit_factors(
 def _leading(target: torch.Tensor, vectors: int) -> torch.Tensor:
     """Return the leading right singular vectors; where there are fewer, unit vectors fill up."""
     right = torch.linalg.svd(target, full_matrices=False).Vh[:vectors]
-    found: torch.Tensor = torch.cat([right, torch.eye(target.shape[1], dtype=target.dtype)[: vectors - len(right)]])
-    return found
+    return torch.cat([right, torch.eye(target.shape[1], dtype=target.dtype)[: vectors - len(right)]])
 
 
 def _normalized(basis: torch.Tensor) -> torch.Tensor:
-    return basis / basis.norm(dim=1, keepdim=True).clamp(min=_TINY)
+    norms: torch.Tensor = basis.norm(dim=1, keepdim=True)
+    return basis / norms.clamp(min=_TINY)
 
 
 def _pursue(target: torch.Tensor, basis: torch.Tensor, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
