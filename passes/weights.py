@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import fx
 
+from xformopt.errors import PassError
 from xformopt.match import arguments, is_call, operand, xf
-from xformopt.program import path_of, value_of
+from xformopt.program import Program, path_of, value_of
 from xformopt.rewrite import Editor, Reject
 
 __all__ = [
     "LinearParts",
     "WideLinears",
     "bias_operand",
+    "check_weights",
     "is_linear",
+    "is_skipped",
+    "linear_layers",
     "linear_parts",
     "replace_linear",
     "shared_parameter",
@@ -46,6 +51,32 @@ class LinearParts:
             return str(bias.target)
         stem = self.weight_name.removesuffix("weight").rstrip("._")
         return f"{stem}.bias" if stem else "bias"
+
+
+def linear_layers(program: Program) -> list[fx.Node]:
+    """Return the linear layers whose weight is a parameter, with or without an activation, in execution order."""
+    return [
+        node
+        for node in program.nodes()
+        if is_call(node, xf.linear, xf.linear_activation) and operand(node, 1).op == "get_attr"
+    ]
+
+
+def is_skipped(node: fx.Node, skip: Sequence[str]) -> bool:
+    """Whether the layer's module path or weight fits one of the shell patterns in ``skip``."""
+    names = (path_of(node), *(str(given.target) for given in node.all_input_nodes if given.op == "get_attr"))
+    return any(fnmatchcase(name, pattern) for name in names for pattern in skip)
+
+
+def check_weights(program: Program, layers: Sequence[fx.Node]) -> None:
+    """Raise PassError when the weight of one of ``layers`` is not finite."""
+    for node in layers:
+        name = str(operand(node, 1).target)
+        if not bool(program.parameters[name].isfinite().all()):
+            raise PassError(
+                f"The weight {name} of {path_of(node) or node.name} holds NaN or infinite values, which nothing can "
+                f"stand for. Restore the checkpoint, or leave the layer out with skip."
+            )
 
 
 def is_linear(node: object) -> bool:

@@ -23,9 +23,9 @@ import torch
 from xformopt.analysis.coupling import Group, find_groups
 from xformopt.errors import PassError
 from xformopt.passes.answers import answer_of
+from xformopt.passes.budgets import used
 from xformopt.passes.prune.support.importance import require_batches
 from xformopt.passes.prune.support.removal import remove_units
-from xformopt.passes.prune.support.unit_selection import used
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program, interpret
 

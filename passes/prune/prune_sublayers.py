@@ -21,9 +21,9 @@ import torch
 from xformopt.errors import PassError
 from xformopt.match import is_call, xf
 from xformopt.passes.answers import answer_of
+from xformopt.passes.budgets import Budget, used
 from xformopt.passes.least_squares import refit
 from xformopt.passes.prune.support.importance import require_batches
-from xformopt.passes.prune.support.unit_selection import Budget, used
 from xformopt.passes.replay import Replay
 from xformopt.passes.sublayers import Sublayer, find_sublayers, remove_sublayers, stream_of
 from xformopt.pipeline import Context, Effect, Pass, PassResult

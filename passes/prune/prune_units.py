@@ -20,11 +20,12 @@ import torch
 
 from xformopt.analysis.coupling import Group, find_groups
 from xformopt.errors import PassError
+from xformopt.passes.budgets import Budget, used
 from xformopt.passes.least_squares import refit
 from xformopt.passes.prune.support.importance import Importance, Scores
 from xformopt.passes.prune.support.removal import remove_units
 from xformopt.passes.prune.support.unit_scores import score_units
-from xformopt.passes.prune.support.unit_selection import Allocation, Budget, Selection, meet_budget, unit_costs, used
+from xformopt.passes.prune.support.unit_selection import Allocation, Selection, meet_budget, unit_costs
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program, shape_of
 from xformopt.rewrite import Rejected

@@ -37,8 +37,8 @@ from xformopt.passes.quantize.support.low_bit import (
 )
 from xformopt.passes.quantize.support.norm_quantizers import quantize_norms
 from xformopt.passes.quantize.support.quantization import PackedGroups
-from xformopt.passes.quantize.support.quantized_layers import is_skipped, linear_layers
 from xformopt.passes.samples import sample_items, sample_rows
+from xformopt.passes.weights import is_skipped, linear_layers
 from xformopt.pipeline import Context
 from xformopt.program import Program
 

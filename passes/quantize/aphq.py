@@ -31,15 +31,10 @@ from xformopt.match import arguments, is_call, operand, xf
 from xformopt.observers import affine_parameters, observe_ranges
 from xformopt.passes.quantize.support.perturbation import perturbation_hessian
 from xformopt.passes.quantize.support.quantization import GroupCodes
-from xformopt.passes.quantize.support.quantized_layers import (
-    check_weights,
-    is_skipped,
-    linear_layers,
-    refuse_repetition,
-)
+from xformopt.passes.quantize.support.quantized_layers import refuse_repetition
 from xformopt.passes.quantize.support.relu_mlps import Mlp, find_mlps, reconstruct_mlps
 from xformopt.passes.quantize.support.uniform_grids import UniformGrid, fit_grid, weights_of
-from xformopt.passes.weights import LinearParts, bias_operand, linear_parts
+from xformopt.passes.weights import LinearParts, bias_operand, check_weights, is_skipped, linear_layers, linear_parts
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program, value_of
 from xformopt.reconstruction import Block, Make, Positive, Reconstruction, Settings, cut_blocks, reconstruct

@@ -26,14 +26,8 @@ from xformopt.passes.knapsack import Selection, undominated
 from xformopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from xformopt.passes.quantize.quantize_weights import QuantizeWeights
 from xformopt.passes.quantize.support.layer_study import LayerStudy, Option, Unit
-from xformopt.passes.quantize.support.quantized_layers import (
-    QuantizeLinears,
-    check_weights,
-    is_skipped,
-    linear_layers,
-    quantize_layers,
-    refuse_repetition,
-)
+from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, quantize_layers, refuse_repetition
+from xformopt.passes.weights import check_weights, is_skipped, linear_layers
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program
 from xformopt.rewrite import Reject

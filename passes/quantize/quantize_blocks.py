@@ -30,7 +30,8 @@ from xformopt.kernels.packing import pack
 from xformopt.match import arguments, is_call, is_returned, xf
 from xformopt.observers import Range, observe_ranges
 from xformopt.passes.fold.eliminate_common_subexpressions import EliminateCommonSubexpressions
-from xformopt.passes.quantize.support.quantized_layers import is_skipped, refuse_repetition
+from xformopt.passes.quantize.support.quantized_layers import refuse_repetition
+from xformopt.passes.weights import is_skipped
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program, value_of
 from xformopt.rewrite import Editor, Reject, rewrite

@@ -18,7 +18,8 @@ from torch import fx
 from xformopt.errors import PassError
 from xformopt.match import arguments, is_call, xf
 from xformopt.passes.quantize.support.quantization import PackedGroups, check_groups, quantize_groups
-from xformopt.passes.quantize.support.quantized_layers import is_skipped, refuse_repetition
+from xformopt.passes.quantize.support.quantized_layers import refuse_repetition
+from xformopt.passes.weights import is_skipped
 from xformopt.pipeline import Context, Effect, PassResult, RewritePass
 from xformopt.program import Level, Program, path_of
 from xformopt.rewrite import Editor, Reject, Rule

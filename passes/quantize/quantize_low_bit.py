@@ -31,7 +31,7 @@ from xformopt.passes.quantize.support.low_bit import (
     nearest_rows,
     refuse_constants,
 )
-from xformopt.passes.quantize.support.quantized_layers import is_skipped, linear_layers
+from xformopt.passes.weights import is_skipped, linear_layers
 from xformopt.pipeline import Context
 
 __all__ = ["QuantizeLowBit"]

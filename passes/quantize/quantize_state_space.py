@@ -26,16 +26,10 @@ from xformopt.match import arguments, call_with, is_call, operand, readers, xf
 from xformopt.observers import Range, affine_parameters, observe_ranges
 from xformopt.passes.quantize.quantize_static import QuantizeStatic
 from xformopt.passes.quantize.quantize_weights import QuantizeWeights
-from xformopt.passes.quantize.support.quantized_layers import (
-    Replace,
-    check_weights,
-    is_skipped,
-    linear_layers,
-    quantize_layers,
-)
+from xformopt.passes.quantize.support.quantized_layers import Replace, quantize_layers
 from xformopt.passes.quantize.support.state_groups import group_channels
 from xformopt.passes.quantize.support.state_space import SCANS, is_rotation, projections, scans
-from xformopt.passes.weights import LinearParts, linear_parts
+from xformopt.passes.weights import LinearParts, check_weights, is_skipped, linear_layers, linear_parts
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program, path_of, value_of
 from xformopt.rewrite import Editor, Fired, Reject, Rewritten, rewrite

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from xformopt.match import operand, xf
-from xformopt.passes.quantize.support.gptq import gptq, gram_matrices
+from xformopt.passes.gram_matrices import gram_matrices
+from xformopt.passes.quantize.support.gptq import gptq
 from xformopt.passes.quantize.support.quantization import PackedGroups, check_groups, quantize_groups
 from xformopt.passes.quantize.support.quantized_layers import QuantizeLinears, Replace
 from xformopt.passes.weights import LinearParts, bias_operand

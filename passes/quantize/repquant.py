@@ -41,9 +41,9 @@ from xformopt.passes.quantize.support.low_bit import (
     refuse_constants,
 )
 from xformopt.passes.quantize.support.norm_quantizers import quantize_norms, uniform_of
-from xformopt.passes.quantize.support.quantized_layers import is_skipped, linear_layers
 from xformopt.passes.quantize.support.refitting import observe_moments, refitted
 from xformopt.passes.samples import sample_rows
+from xformopt.passes.weights import is_skipped, linear_layers
 from xformopt.pipeline import Context
 from xformopt.program import Program
 

@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import torch
 
+from xformopt.passes.gram_matrices import Seen, gram_matrices
 from xformopt.passes.quantize.support.channel_scaling import norm_outputs, scaling_rule
-from xformopt.passes.quantize.support.gptq import Seen, gram_matrices
 from xformopt.passes.quantize.support.quantization import check_groups, dequantized, quantize_groups
 from xformopt.pipeline import Context, RewritePass
 from xformopt.program import Program

@@ -10,7 +10,8 @@ from xformopt.errors import DataError
 from xformopt.kernels.definition import xf
 from xformopt.kernels.packing import pack, unpack
 from xformopt.observers import BINS, Method, Range, affine_parameters, narrow, observe_ranges, rows_of
-from xformopt.passes.quantize.support.gptq import gptq, gram_matrices
+from xformopt.passes.gram_matrices import gram_matrices
+from xformopt.passes.quantize.support.gptq import gptq
 from xformopt.passes.quantize.support.quantization import dequantized, quantize_groups, quantize_rows
 from xformopt.program import Program
 
@@ -219,7 +220,7 @@ def test_gram_matrices_leave_out_padding(monkeypatch: pytest.MonkeyPatch) -> Non
     (found,) = gram_matrices(PROGRAM, given, ["h"])
     np.testing.assert_allclose(found["h"].gram.numpy(), values.T @ values, rtol=1e-10)
     np.testing.assert_allclose(found["h"].magnitude.numpy() / found["h"].count, np.abs(values).mean(0), rtol=1e-10)
-    monkeypatch.setattr("xformopt.passes.quantize.support.gptq._GRAM_BYTES", 1)
+    monkeypatch.setattr("xformopt.passes.gram_matrices._GRAM_BYTES", 1)
     assert [list(part) for part in gram_matrices(PROGRAM, given, ["h", "x"])] == [["x"], ["h"]]
 
 

@@ -30,6 +30,7 @@ TESTED_APART = {
     "select_tokens",
     "selective_scan",
     "shift_linear",
+    "sparse_factor_linear",
     "ssd",
     "ternary_linear",
     "ternary_weight",

@@ -19,10 +19,24 @@ from xformopt.lift.probe import Probe, operator_name
 from xformopt.program import Program, Shape, Size, shape_of, value_of
 from xformopt.rewrite import Editor, Reject
 
-__all__ = ["LiftAttention"]
+__all__ = ["LiftAttention", "move_gate"]
 
 aten = torch.ops.aten
 _LOWEST = torch.finfo(torch.float32).min
+
+
+def move_gate(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """``(g softmax(...)) @ v`` with one g for all queries and keys becomes ``g (softmax(...) @ v)``."""
+    if operator_name(node) not in ("matmul", "bmm") or operator_name(node.args[0]) != "mul":
+        return None
+    weights, values = node.args
+    assert isinstance(weights, fx.Node)
+    for gate, softmax in (weights.args[:2], weights.args[1::-1]):
+        if not isinstance(gate, fx.Node) or operator_name(softmax) not in ("softmax", "_softmax", "_safe_softmax"):
+            continue
+        if value_of(gate).dim() == value_of(weights).dim() and value_of(gate).shape[-2:] == (1, 1):
+            return editor.call(aten.mul.Tensor, editor.call(aten.matmul.default, softmax, values), gate)
+    return None
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xformopt.canonical import CANONICAL_RULES
 from xformopt.lift import norms, pointwise, pooling, rotary, rows
-from xformopt.lift.attention import LiftAttention
+from xformopt.lift.attention import LiftAttention, move_gate
 from xformopt.program import Program
 from xformopt.rewrite import Rule
 
@@ -30,6 +30,7 @@ def lifting_rules(program: Program) -> tuple[Rule, ...]:
         rotary.lift_rope,
         pooling.lift_patch_embedding,
         pooling.lift_mean_pool,
+        move_gate,
         LiftAttention(program),
         rows.undo_movement,
     )

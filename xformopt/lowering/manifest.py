@@ -221,6 +221,8 @@ def execution_of(program: Program) -> dict[str, int]:
             counted[f"weights in {node.kwargs['bits']} bits, simulated in float"] += 1
         elif defined.name == _SIMULATED_FLOATS:
             counted[f"activations in {node.kwargs['format']}, simulated in float"] += 1
+        elif defined.name == "sparse_factor_linear":
+            counted["linear layers stored as sparse times dense, computed dense"] += 1
         elif defined.name in ("linear", "linear_activation"):
             counted["linear layers in float"] += 1
     return dict(sorted(counted.items()))

@@ -12,23 +12,21 @@ import torch
 from xformopt.analysis import cost
 from xformopt.analysis.coupling import Group
 from xformopt.errors import PassError
+from xformopt.passes.budgets import Budget, meet_latency, used
 from xformopt.passes.prune.support.importance import Scores
 from xformopt.passes.prune.support.removal import remove_units
 from xformopt.pipeline import Context
 from xformopt.program import Program
 
-__all__ = ["Allocation", "Budget", "Selection", "meet_budget", "unit_costs", "used"]
+__all__ = ["Allocation", "Selection", "meet_budget", "unit_costs"]
 
-# what is counted: FLOPs at the example shape, elements of parameters, or seconds on the target
-Budget: TypeAlias = Literal["flops", "parameters", "latency"]
 # global: all layers compete; layerwise: every layer loses the same share
 Allocation: TypeAlias = Literal["global", "layerwise"]
 
 
+_ADVICE = "Ask for less, add targets, or remove width or sublayers as well."
 # removals asked for, each a little larger, before a budget is given up
 _ATTEMPTS = 8
-# measurements of a latency budget: each halves the interval of the share to remove
-_MEASUREMENTS = 6
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,6 @@ class _Block:
     units: torch.Tensor
     score: float
     cost: float
-
-
-def used(program: Program, budget: Budget) -> int:
-    """Return what the program uses of a budget; of latency, which must be measured, its FLOPs."""
-    found = cost(program)
-    return found.parameters if budget == "parameters" else found.flops
 
 
 def unit_costs(program: Program, groups: Sequence[Group], budget: Budget) -> dict[Group, float]:
@@ -176,7 +168,15 @@ def meet_budget(
 
     """
     if budget == "latency":
-        return _meet_latency(program, selection, share, context)
+        return meet_latency(
+            program,
+            share,
+            context,
+            lambda part: selection.keep(part * selection.most),
+            lambda kept: remove_units(program, kept),
+            "the best block left in every layer",
+            _ADVICE,
+        )
     whole = used(program, budget)
     wanted = asked = share * whole
     for _ in range(_ATTEMPTS):
@@ -192,38 +192,3 @@ def meet_budget(
         f"The budget cannot be met: {share:.0%} of the {budget} are to go, and with the best block left in every layer "
         f"{removed / whole:.1%} can. {_ADVICE}"
     )
-
-
-_ADVICE = "Ask for less, add targets, or remove width or sublayers as well."
-
-
-def _meet_latency(program: Program, selection: Selection, share: float, context: Context) -> dict[Group, torch.Tensor]:
-    """Bisect the FLOPs to remove on the time that is measured; a speed-up counts in the middle of its interval."""
-    if context.measure is None:
-        raise PassError(
-            "A latency budget is met by measuring on the target, and this run times nothing. Leave --no-bench away (or "
-            "give measure=... in Python), or set budget=flops."
-        )
-    wanted, low, high = 1 / (1 - share), 0.0, 1.0
-    best: dict[Group, torch.Tensor] | None = None
-    fastest = 0.0
-    # first everything that may go: if that is too slow, nothing is fast enough
-    tried = high
-    for attempt in range(_MEASUREMENTS):
-        context.progress("measuring candidates", attempt, _MEASUREMENTS)
-        kept = selection.keep(tried * selection.most)
-        speedup = sum(context.measure(program, remove_units(program, kept))) / 2
-        fastest = max(fastest, speedup)
-        if speedup >= wanted:
-            best, high = kept, tried
-        else:
-            low = tried
-        if best is None:
-            break
-        tried = (low + high) / 2
-    if best is None:
-        raise PassError(
-            f"The budget cannot be met: {share:.0%} of the time on {context.target} is to go, and with the best block "
-            f"left in every layer {1 - 1 / fastest:.1%} does. {_ADVICE}"
-        )
-    return best

@@ -14,11 +14,10 @@ from xformopt.passes.quantize.support.quantized_layers import (
     QuantizeLinears,
     Replace,
     drift_between,
-    linear_layers,
     measured_batches,
     quantize_layers,
 )
-from xformopt.passes.weights import LinearParts
+from xformopt.passes.weights import LinearParts, linear_layers
 from xformopt.pipeline import Context, PassResult
 from xformopt.program import Program, interpret, path_of, value_of
 from xformopt.rewrite import Editor, Reject

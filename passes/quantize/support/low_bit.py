@@ -22,13 +22,8 @@ from xformopt.kernels.packing import WIDTHS
 from xformopt.match import arguments, is_call, operand, xf
 from xformopt.passes.fold.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from xformopt.passes.quantize.support.quantization import GroupCodes, PackedGroups, quantize_groups
-from xformopt.passes.quantize.support.quantized_layers import (
-    check_weights,
-    is_skipped,
-    linear_layers,
-    refuse_repetition,
-)
-from xformopt.passes.weights import linear_parts
+from xformopt.passes.quantize.support.quantized_layers import refuse_repetition
+from xformopt.passes.weights import check_weights, is_skipped, linear_layers, linear_parts
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program, path_of, value_of
 from xformopt.rewrite import Editor, Fired, Reject, Rejected, rewrite

@@ -17,8 +17,8 @@ import torch
 from xformopt.match import is_call, operand, xf
 from xformopt.passes.quantize.support.channel_scaling import ChannelAffine, norm_outputs, scaling_rule
 from xformopt.passes.quantize.support.low_bit import Prepared, Uniform
-from xformopt.passes.quantize.support.quantized_layers import is_skipped
 from xformopt.passes.samples import sample_rows
+from xformopt.passes.weights import is_skipped
 from xformopt.pipeline import Context
 from xformopt.program import Program
 from xformopt.rewrite import Reject, rewrite

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -14,19 +13,16 @@ from torch import fx
 from xformopt.errors import DataError, PassError
 from xformopt.kernels.definition import find_operator
 from xformopt.match import arguments, is_call, operand, xf
-from xformopt.passes.weights import LinearParts, linear_parts
+from xformopt.passes.weights import LinearParts, check_weights, is_skipped, linear_layers, linear_parts
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.pipeline.numeric import relative_l2, run_region
-from xformopt.program import Level, Program, interpret, path_of, valid_positions, value_of
+from xformopt.program import Level, Program, interpret, valid_positions, value_of
 from xformopt.rewrite import Editor, Fired, Reject, rewrite
 
 __all__ = [
     "QuantizeLinears",
     "Replace",
-    "check_weights",
     "drift_between",
-    "is_skipped",
-    "linear_layers",
     "measured_batches",
     "quantize_layers",
     "refuse_repetition",
@@ -39,21 +35,6 @@ _QUANTIZED = frozenset(
 # returns the quantized layer without its activation, or why there is none
 Replace: TypeAlias = Callable[[Editor, LinearParts, fx.Node], "fx.Node | Reject"]
 _Batch: TypeAlias = Mapping[str, torch.Tensor]
-
-
-def linear_layers(program: Program) -> list[fx.Node]:
-    """Return the linear layers whose weight is a parameter, with or without an activation, in execution order."""
-    return [
-        node
-        for node in program.nodes()
-        if is_call(node, xf.linear, xf.linear_activation) and operand(node, 1).op == "get_attr"
-    ]
-
-
-def is_skipped(node: fx.Node, skip: Sequence[str]) -> bool:
-    """Whether the layer's module path or weight fits one of the shell patterns in ``skip``."""
-    names = (path_of(node), *(str(given.target) for given in node.all_input_nodes if given.op == "get_attr"))
-    return any(fnmatchcase(name, pattern) for name in names for pattern in skip)
 
 
 def refuse_repetition(program: Program, operators: Collection[str], what: str) -> None:
@@ -162,17 +143,6 @@ class QuantizeLinears(Pass):
             return replace(best, notes=(f"no layer can be quantized with a drift of at most {limit:.2e}",))
         note = f"{enough} of {len(order)} layers kept in floating point, the most sensitive ones: drift {drift:.2e}"
         return replace(best, notes=(note,))
-
-
-def check_weights(program: Program, layers: Sequence[fx.Node]) -> None:
-    """Raise PassError when the weight of one of ``layers`` is not finite."""
-    for node in layers:
-        name = str(operand(node, 1).target)
-        if not bool(program.parameters[name].isfinite().all()):
-            raise PassError(
-                f"The weight {name} of {path_of(node) or node.name} holds NaN or infinite values, which no code stands "
-                f"for. Restore the checkpoint, or leave the layer out with skip."
-            )
 
 
 def _reasons(kept: Sequence[str], errors: Mapping[str, float]) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Passes that write large matrices as products of smaller ones."""
