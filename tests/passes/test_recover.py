@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def pruned(encoder: Program) -> Program:
 
 
 def recover(original: Program, program: Program, batches: list[Batch], **options: Any) -> PassResult:
-    chosen = {"iterations": 60, "minutes": None, "learning_rate": 2e-3, **options}
+    chosen = {"iterations": 40, "minutes": None, "learning_rate": 2e-3, **options}
     return build_pass("recover-accuracy", chosen).run(program, Context(calibration=batches, original=original))
 
 
@@ -73,7 +74,8 @@ def test_it_recovers_on_data_it_has_not_seen(
 
 
 def test_the_pipeline_hands_on_what_it_began_with(encoder: Program, batches: list[Batch]) -> None:
-    texts = ("prune-units{remove=0.3,importance=magnitude}", "recover-accuracy{iterations=30,learning_rate=2e-3}")
+    first = "prune-units{remove=0.3,importance=magnitude,reconstruct=false}"
+    texts = (first, "recover-accuracy{iterations=40,learning_rate=2e-3}")
     result = Pipeline([parse_pass(text) for text in texts]).run(encoder, batches)
     _, record = result.history
     assert record.changed
@@ -166,13 +168,13 @@ def test_refusals(encoder: Program, pruned: Program, batches: list[Batch]) -> No
 
 
 def test_what_stands_behind_rounding_is_refused_by_name(encoder: Program, batches: list[Batch]) -> None:
-    text = str(encoder).replace("xf.rms_norm(%t, %norm3.w)", "xf.rms_norm(%t8, %norm3.w)")
+    text = re.sub(r"%t\b(?!:)", "%t8", str(encoder))
     line = next(line for line in text.splitlines() if line.startswith("%t:"))
     rounded = f"{line}\n%t8: f32[batch,length,32] = aten.round.default(%t)"
     program = Program.parse(text.replace(line, rounded), parameters=encoder.parameters)
     stopped = stopped_gradients(program, batches[0], list(program.parameters))
     assert stopped["up.w"] == "aten.round.default"
-    assert not {"gate.w", "out.w", "norm3.w", "head.w", "table"} & set(stopped)
+    assert not {"gate.w", "out.w", "norm3.w", "head.w"} & set(stopped)
     with pytest.raises(PassError, match=r"read behind aten\.round\.default"):
         recover(encoder, program, batches, only=["up.*", "q.*"])
     result = recover(encoder, program, batches, iterations=20)
