@@ -22,7 +22,6 @@ import torch
 from xformopt.match import xf
 from xformopt.passes.linearize.support.linearization import FittedLinearization, Form, Trained
 from xformopt.passes.linearize.support.sites import Site, spread
-from xformopt.program import path_of
 from xformopt.rewrite import Editor
 
 __all__ = ["LinearizeLearnedMaps"]
@@ -58,7 +57,7 @@ class LinearizeLearnedMaps(FittedLinearization):
 
     def build(self, editor: Editor, site: Site, trained: Trained) -> Form:
         """Insert linear attention with the maps."""
-        name = f"{path_of(site.node) or site.node.name}.feature_map"
+        name = f"{site.node.name}.feature_map"
         start = math.sqrt(abs(site.scale)) * torch.eye(site.depth).repeat(site.heads, 1, 1)
         maps = editor.parameter(name, trained.get(name, start))
         k, v = (spread(editor, site, x) for x in (site.k, site.v))

@@ -101,14 +101,14 @@ def lone_attention(site: Site, length: int) -> str:
         for heads, depth in ((site.heads, site.depth), (site.kv_heads, site.depth), (site.kv_heads, site.width))
     )
     lines = [f"input %q: {queries}", f"input %k: {keys}", f"input %v: {values}"]
-    operands = ["%q", "%k", "%v", "None", "None"]
+    operands = ["%q", "%k", "%v", "none", "none"]
     if site.key_mask is not None:
         lines.append(f"input %m: bool[1,{length}]")
         operands[3] = "%m"
     if site.bias is not None:
         lines.append(f"input %b: f32[1,{site.heads},{length},{length}]")
         operands[4] = "%b"
-    while operands[-1] == "None":
+    while operands[-1] == "none":
         operands.pop()
     attributes = f"heads={site.heads}, kv_heads={site.kv_heads}, scale={site.scale!r}"
     attributes += ", causal=true" if site.causal else ""

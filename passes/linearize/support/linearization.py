@@ -28,12 +28,13 @@ from xformopt.errors import DataError, PassError
 from xformopt.match import is_call, xf
 from xformopt.passes.linearize.support.crossover import Crossover, lone_site
 from xformopt.passes.linearize.support.sites import Site, is_too_short, read_site
+from xformopt.passes.samples import sample_rows
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Output, Program, example_sizes, interpret, path_of, valid_positions, value_of
 from xformopt.reconstruction import Attempt, Free, Settings, cut_at, reconstruct
 from xformopt.rewrite import Editor, Reject, rewrite
 
-__all__ = ["Fit", "FittedLinearization", "Form", "Linearization", "Trained"]
+__all__ = ["FittedLinearization", "Form", "Linearization", "Pairs", "Trained"]
 
 # fitted parameters by name
 Trained = dict[str, torch.Tensor]
@@ -41,10 +42,18 @@ Trained = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """A linear form in a program: the node of its result, and the parameters that can be fitted."""
+    """A linear form in a program.
+
+    Attributes:
+        node: Its result.
+        parameters: Those that can be fitted, by name.
+        watched: A value that the method wants samples of.
+
+    """
 
     node: fx.Node
     parameters: tuple[str, ...] = ()
+    watched: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +81,13 @@ class Linearization(Pass):
     def build(self, editor: Editor, site: Site, trained: Trained) -> Form:
         """Insert the linear form of ``site``; parameters take the values in ``trained``, by name."""
 
-    def train(self, fit: Fit) -> Trained:
-        """Return the fitted parameters of all forms by name: none, unless a method fits."""
+    def untrained(self, site: Site) -> Trained:
+        """Return what ``build`` needs to be given, at any values of the right sizes, to make the form that is timed."""
         return {}
+
+    def train(self, pairs: Pairs) -> tuple[Trained, list[str]]:
+        """Return the fitted parameters of all forms by name, and notes: none, unless a method fits."""
+        return {}, []
 
     def refusal(self, site: Site, length: int) -> str | None:
         """Return why this method cannot linearize a site whose sequences have ``length`` tokens."""
@@ -93,16 +106,15 @@ class Linearization(Pass):
         notes = list(crossover.describe())
         trained: Trained = {}
         if sites:
-            fit = Fit(self, program, context, sites)
-            trained = self.train(fit)
-            errors = fit.errors(trained)
+            trained, told = self.train(Pairs(self, program, context, sites))
+            errors = Pairs(self, program, context, sites, trained).errors()
             for name, error in errors.items():
                 if error > self.max_error:
                     reasons[name] = (
                         f"the error of its linear form is {error:.2f} of the attention's own size, more than "
                         f"max_error={self.max_error:g}"
                     )
-            notes += fit.notes + [f"{path_of(s.node) or s.node.name}: error {errors[s.node.name]:.3f}" for s in sites]
+            notes += [*told, *(f"{path_of(s.node) or s.node.name}: error {errors[s.node.name]:.3f}" for s in sites)]
 
         def linearize(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
             if not is_call(node, xf.attention):
@@ -121,7 +133,7 @@ class Linearization(Pass):
         result = program.copy()
         site = lone_site(result)
         editor = Editor(result).at(site.node)
-        site.node.replace_all_uses_with(self.build(editor, site, {}).node)
+        site.node.replace_all_uses_with(self.build(editor, site, self.untrained(site)).node)
         return result.drop_unused()
 
     def _choose(
@@ -181,16 +193,16 @@ class FittedLinearization(Linearization):
             raise ValueError(f"rate must be positive, but is {self.rate}")
         self._settings(0)
 
-    def train(self, fit: Fit) -> Trained:
+    def train(self, pairs: Pairs) -> tuple[Trained, list[str]]:
         """Fit all forms."""
-        return fit.train(self._settings(fit.context.seed), self.rate)
+        return pairs.fit(self._settings(pairs.context.seed), self.rate)
 
     def _settings(self, seed: int) -> Settings:
         return Settings(iterations=self.iterations, minutes=self.minutes, seed=seed)
 
 
 @dataclass
-class Fit:
+class Pairs:
     """The linear forms beside the attentions they are to replace, in one program.
 
     Attributes:
@@ -198,7 +210,7 @@ class Fit:
         program: What is linearized.
         context: Has the calibration data.
         sites: The attentions.
-        notes: What training tells.
+        trained: Parameters that were fitted already.
 
     """
 
@@ -206,7 +218,7 @@ class Fit:
     program: Program
     context: Context
     sites: Sequence[Site]
-    notes: list[str] = field(default_factory=list)
+    trained: Trained = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.context.calibration:
@@ -217,6 +229,7 @@ class Fit:
         self.paired = self.program.copy()
         self.pairs: dict[str, str] = {}  # from the name of a form to that of its attention
         self.parameters: list[str] = []
+        self.watched: dict[str, str] = {}  # from the name of an attention to that of a value of its form
         self.cuts: list[tuple[str, list[str]]] = []
         named = {node.name: node for node in self.paired.graph.nodes}
         for site in self.sites:
@@ -227,7 +240,7 @@ class Fit:
 
     def _add(self, node: fx.Node) -> None:
         editor = Editor(self.paired).at(node)
-        form = self.method.build(editor, _site(self.paired, node), {})
+        form = self.method.build(editor, _site(self.paired, node), self.trained)
         created = set(editor.created)
         read = {value for new in (*created, node) for value in new.all_input_nodes if value not in created}
         path = path_of(node) or node.name
@@ -235,11 +248,13 @@ class Fit:
         self.cuts.append((path, [form.node.name, node.name]))
         self.pairs[form.node.name] = node.name
         self.parameters += form.parameters
+        if form.watched is not None:
+            self.watched[node.name] = form.watched.name
 
-    def train(self, settings: Settings, rate: float) -> Trained:
-        """Train the parameters of all forms, and return them by name."""
+    def fit(self, settings: Settings, rate: float) -> tuple[Trained, list[str]]:
+        """Train the parameters of all forms; return all that are known by name, and a note."""
         if not self.parameters:
-            return {}
+            return self.trained, []
         start, method = self.paired.parameters, self.method
         found = reconstruct(
             self.paired,
@@ -252,12 +267,16 @@ class Fit:
             objective=partial(_distance, self.pairs),
             progress=self.context.progress,
         )
-        self.notes.append(f"{len(found.blocks)} layers fitted in up to {max(b.iterations for b in found.blocks)} steps")
-        return dict(found.results)
+        steps = max(block.iterations for block in found.blocks)
+        return {**self.trained, **found.results}, [f"{len(found.blocks)} layers fitted in up to {steps} steps"]
 
-    def errors(self, trained: Trained) -> dict[str, float]:
+    def samples(self, rows: int) -> Trained:
+        """Return rows ``[N, C]`` of the values that are watched, by the attention's name."""
+        found = sample_rows(self.paired, self.context.calibration, self.watched.values(), rows=rows)
+        return {attention: found[value] for attention, value in self.watched.items()}
+
+    def errors(self) -> dict[str, float]:
         """Return the squared error of each form over its attention's squares, by the attention's name."""
-        self.paired.parameters.update(trained)
         sums = {name: [0.0, 0.0] for name in self.pairs.values()}
         for batch in self.context.calibration:
             values: dict[str, torch.Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +10,20 @@ from torch import fx
 
 from xformopt.kernels.chunks import CHUNK
 from xformopt.match import arguments, call_with, is_call, operand, xf
-from xformopt.program import Program, shape_of, value_of
+from xformopt.program import Program, path_of, shape_of, value_of
 from xformopt.rewrite import Editor, Reject
 
-__all__ = ["Site", "is_too_short", "read_site", "relearned", "spread", "without_rotation"]
+__all__ = [
+    "Site",
+    "is_too_short",
+    "projected_from",
+    "projection_of",
+    "read_site",
+    "relearned",
+    "spread",
+    "with_projection",
+    "without_rotation",
+]
 
 aten = torch.ops.aten
 
@@ -100,13 +111,16 @@ def without_rotation(x: fx.Node) -> fx.Node:
     return x
 
 
-def relearned(editor: Editor, site: Site, trained: dict[str, torch.Tensor]) -> tuple[Site, list[str]]:
+def relearned(
+    editor: Editor, site: Site, trained: Mapping[str, torch.Tensor], roles: Sequence[str] = ("q", "k", "v")
+) -> tuple[Site, list[str]]:
     """Compute queries, keys and values by linear layers of the site's own, whose parameters can be trained.
 
     Args:
         editor: Inserts the layers.
         site: Whose.
         trained: Parameters of earlier training, by the names returned.
+        roles: Which of the three.
 
     Returns:
         The site as it reads from the new layers, and the names of their parameters.  What is not a linear layer, or
@@ -114,21 +128,44 @@ def relearned(editor: Editor, site: Site, trained: dict[str, torch.Tensor]) -> t
 
     """
     names: list[str] = []
-    q, k, v = (_again(editor, x, trained, names) or x for x in (site.q, site.k, site.v))
-    return replace(site, q=q, k=k, v=v), names
+    made = {}
+    for role in roles:
+        x: fx.Node = getattr(site, role)
+        if (linear := projection_of(editor, x)) is not None:
+            start = {place: value for place, value in zip(("weight", "bias"), linear, strict=True) if value is not None}
+            stored = {f"{site.node.name}.{role}.{place}": value for place, value in start.items()}
+            made[role] = with_projection(editor, x, {**stored, **{n: trained[n] for n in stored if n in trained}})
+            names += stored
+    return replace(site, **made), names
 
 
-def _again(editor: Editor, x: fx.Node, trained: dict[str, torch.Tensor], names: list[str]) -> fx.Node | None:
-    if is_call(x, xf.rope, xf.rms_norm):
-        inner = _again(editor, operand(x), trained, names)
-        return None if inner is None else call_with(editor, x, x=inner)
-    if not is_call(x, xf.linear) or editor.constant(x.args[1]) is None:
+def projection_of(editor: Editor, x: fx.Node) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Return weight and bias of the linear layer that makes ``x``, perhaps by way of rotary embedding or norm."""
+    linear = _projection(x)
+    if linear is None:
         return None
-    fresh = {}
-    for place, parameter in arguments(x).items():
-        if place == "x" or (value := editor.constant(parameter)) is None:
-            continue
-        name = f"{parameter.target}.linearized"
-        names.append(name)
-        fresh[place] = editor.parameter(name, trained.get(name, value.clone()))
-    return call_with(editor, x, **fresh)
+    given = arguments(linear)
+    weight, bias = editor.constant(given["weight"]), editor.constant(given["bias"])
+    return None if weight is None or (given["bias"] is not None and bias is None) else (weight, bias)
+
+
+def projected_from(x: fx.Node) -> fx.Node | None:
+    """Return what that linear layer reads."""
+    linear = _projection(x)
+    return None if linear is None else operand(linear)
+
+
+def with_projection(editor: Editor, x: fx.Node, parameters: Mapping[str, torch.Tensor]) -> fx.Node:
+    """Compute ``x`` again by another linear layer: weight and, where there is one, bias, by their names."""
+    if not is_call(x, xf.linear):
+        made = call_with(editor, x, x=with_projection(editor, operand(x), parameters))
+    else:
+        made = editor.call(xf.linear, operand(x), *(editor.parameter(n, value) for n, value in parameters.items()))
+    made.meta["path"] = path_of(x)
+    return made
+
+
+def _projection(x: fx.Node) -> fx.Node | None:
+    while is_call(x, xf.rope, xf.rms_norm):
+        x = operand(x)
+    return x if is_call(x, xf.linear) else None
