@@ -15,7 +15,7 @@ import torch
 from xformopt.errors import DataError
 from xformopt.program import Program, valid_positions
 
-__all__ = ["Answer", "answer_of", "valid_rows"]
+__all__ = ["Answer", "answer_of", "rows_of", "valid_rows"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,11 @@ def valid_rows(
     program: Program, known: torch.Tensor, value: torch.Tensor, batch: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """Return the valid positions of ``[..., C]`` as rows ``[N, C]``; ``known`` is the value's fake tensor."""
-    valid = valid_positions(program, known, batch)
+    return rows_of(value, valid_positions(program, known, batch))
+
+
+def rows_of(value: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Return ``[..., C]`` as rows ``[N, C]``: all, or those of the positions that are valid."""
     if valid is not None and valid.shape[-1] == 1:
         value = value[valid.expand(*value.shape[:-1], 1).squeeze(-1)]
     return value.reshape(-1, value.shape[-1])

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from xformopt.kernels.fake_quantize import round_through
+
 __all__ = ["dynamic_range", "quantize_activation", "quantized_linear"]
 
 # of codes and weights of 8 bits, this many products add up to less than 2^24, below which float32 is exact
@@ -28,6 +30,9 @@ def quantized_linear(
 ) -> torch.Tensor:
     """A linear layer in 8-bit integers.
 
+    Gradients go straight through the rounding of activations (Bengio et al., arXiv 1308.3432): to ``x`` where it is not
+    clipped, to ``x_scale``, ``scale`` and ``bias``, but not to the range of ``x`` that is taken itself.
+
     Args:
         x: Activations, ``[..., I]``.
         weight: int8, ``[O, I]``.
@@ -41,7 +46,7 @@ def quantized_linear(
 
     """
     if x_scale is None or x_zero is None:
-        x_scale, x_zero = dynamic_range(x)
+        x_scale, x_zero = dynamic_range(x.detach())
     codes = quantize_activation(x, x_scale, x_zero).float() - x_zero.float()
     total = codes.new_zeros(*x.shape[:-1], len(weight), dtype=torch.float64)
     for part, block in zip(codes.split(_EXACT_COLUMNS, -1), weight.split(_EXACT_COLUMNS, -1), strict=True):
@@ -59,4 +64,4 @@ def dynamic_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def quantize_activation(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     """Return ``clip(round(x / scale) + zero, 0, 255)``, halves rounded to even, in the dtype of ``x``."""
-    return ((x / scale).round() + zero).clamp(0, 255)
+    return (round_through(x / scale) + zero).clamp(0, 255)

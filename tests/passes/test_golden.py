@@ -83,7 +83,7 @@ CASES = [
 
 def run_case(case: Case, program: Program) -> PassResult:
     calibration = () if "no-data" in case.assume else (draw_inputs(program, case),)
-    context = Context(calibration=calibration, assume=case.assume)
+    context = Context(calibration=calibration, assume=case.assume, original=program)
     return parse_pass(f"{case.pass_name}{{{case.options}}}").run(program, context)
 
 

@@ -33,6 +33,7 @@ class Context:
         measure: Returns the interval of the speed-up of the second program over the first, on the target; None where
             nothing can be timed.
         score: Returns what a program reaches on the user's task, higher is better; None where there is no task.
+        original: The program that lossy passes are to stay close to, lifted; None where nobody knows it.
     """
 
     calibration: Sequence[dict[str, torch.Tensor]] = ()
@@ -43,6 +44,7 @@ class Context:
     time: Callable[[Mapping[str, Program]], Mapping[str, float]] | None = None
     measure: Callable[[Program, Program], tuple[float, float]] | None = None
     score: Callable[[Program], float] | None = None
+    original: Program | None = None
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ class Pipeline:
         measure: Callable[[Program, Program], tuple[float, float]] | None = None,
         time: Callable[[Mapping[str, Program]], Mapping[str, float]] | None = None,
         score: Callable[[Program], float] | None = None,
+        original: Program | None = None,
         observe: Callable[[Record, Program], None] | None = None,
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> PipelineResult:
@@ -126,6 +127,8 @@ class Pipeline:
             measure: Returns the interval of the speed-up of the second program over the first, on the target.
             time: Returns the milliseconds that programs take on the target, for passes that choose by time.
             score: Returns what a program reaches on held-out data of the task, higher is better, for passes that ask.
+            original: What passes that recover accuracy aim for: lifted, with the inputs and outputs of ``program``; by
+                default ``program`` itself.
             observe: Called after every pass with its record and the program it left.
             progress: Called with (what, done, total).
 
@@ -139,12 +142,16 @@ class Pipeline:
         batches = tuple(dict(batch) for batch in calibration)
         for batch in batches:
             program.bind(batch)
-        context = Context(batches, target, seed, assumed, progress, time, measure, score)
+        context = Context(batches, target, seed, assumed, progress, time, measure, score, original)
         steps: list[Pass] = [*([Lift()] if program.level == Level.CAPTURED else []), *self.passes]
         run = _Run(self, context, measure, program, edge_cases(program, batches, seed=seed))
+        if original is None:
+            run.take_as_original()
         for index, step in enumerate(steps):
             progress(step.name, index, len(steps))
             record = run.step(step)
+            if original is None and isinstance(step, Lift):
+                run.take_as_original()
             if observe is not None:
                 observe(record, run.program)
         progress("done", len(steps), len(steps))
@@ -173,6 +180,10 @@ class _Run:
     def __post_init__(self) -> None:
         self.captured = [case.captured for case in self.cases]
         self.current = self.captured
+
+    def take_as_original(self) -> None:
+        """Let the current program be what lossy passes are to stay close to."""
+        self.context = replace(self.context, original=self.program)
 
     def step(self, step: Pass) -> Record:
         """Run one pass; on success the current program is its result."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from xformopt.errors import ProgramError
 from xformopt.match import is_call, xf
 from xformopt.program import Program, path_of
 
-__all__ = ["Block", "cut_at", "cut_blocks", "cut_like"]
+__all__ = ["Block", "cut_at", "cut_blocks", "cut_like", "residual_values"]
 
 aten = torch.ops.aten
 
@@ -168,8 +168,16 @@ def cut_like(program: Program, blocks: Sequence[Block]) -> tuple[Block, ...]:
             )
         unit = ancestry.of(*(named[name] for name in block.outputs)) & ~claimed
         claimed |= unit
-        found.append(_block(block.name, list(ancestry.members(unit))))
+        piece = _block(block.name, list(ancestry.members(unit)))
+        # a value that is compared counts as read, wherever its readers are
+        found.append(replace(piece, outputs=tuple(dict.fromkeys((*block.outputs, *piece.outputs)))))
     return tuple(found)
+
+
+def residual_values(program: Program) -> tuple[tuple[str, fx.Node], ...]:
+    """Return the sums on the residual stream in execution order, each with the module path of its addition."""
+    additions = _residual_additions(_Ancestry(program))
+    return tuple((path_of(addition), _sum(addition)) for addition in additions)
 
 
 def _residual_additions(ancestry: _Ancestry) -> dict[fx.Node, fx.Node]:
@@ -193,6 +201,11 @@ def _summands(node: fx.Node) -> tuple[Any, Any]:
     if is_call(node, aten.add.Tensor, xf.add_layer_norm, xf.add_rms_norm):
         return node.args[0], node.args[1]
     return None, None
+
+
+def _sum(addition: fx.Node) -> fx.Node:
+    """Return the value of an addition; where the norm is fused with it, that is the second of two results."""
+    return next((part for part in _parts(addition) if part.args[1] == 1), addition)
 
 
 def _parts(addition: fx.Node) -> list[fx.Node]:

@@ -25,43 +25,16 @@ import torch
 from xformopt.errors import DataError
 from xformopt.program import Program
 from xformopt.reconstruction.blocks import Block, cut_blocks, cut_like
+from xformopt.reconstruction.settings import Settings
 from xformopt.reconstruction.state import State, key_of
 from xformopt.reconstruction.training import Job, Objective, Place, Training, squared_error
 from xformopt.reconstruction.values import Store, run_block
 from xformopt.reconstruction.variables import Variable
 
-__all__ = ["Make", "Reconstruction", "Settings", "Trained", "reconstruct"]
+__all__ = ["Make", "Reconstruction", "Trained", "reconstruct"]
 
 Make = Callable[[], Variable]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How blocks are trained.
-
-    Attributes:
-        iterations: Steps of each block, at most.
-        minutes: What all blocks may take together; steps are reduced to what fits.  None: no limit.
-        drop: The chance of an element to be left unquantized in a step.
-        seed: Of what is random.
-        memory: Bytes of values between blocks that are held in memory; what is more goes to a temporary file.
-
-    """
-
-    iterations: int = 400
-    minutes: float | None = None
-    drop: float = 0.0
-    seed: int = 0
-    memory: int = 2 << 30
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, but is {self.iterations}")
-        if self.minutes is not None and self.minutes <= 0:
-            raise ValueError(f"minutes must be positive, but is {self.minutes}")
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must lie in [0, 1), but is {self.drop}")
 
 
 @dataclass(frozen=True)
@@ -81,14 +54,14 @@ class Reconstruction:
     results: Mapping[str, torch.Tensor]
     blocks: tuple[Trained, ...]
 
-    def summary(self) -> str:
-        """Return one line for a pass's notes."""
+    def summary(self, what: str = "mean squared error of their outputs") -> str:
+        """Return one line for a pass's notes; ``what`` says what the objective is."""
         before, after = (math.fsum(getattr(block, when) for block in self.blocks) for when in ("before", "after"))
         steps = max((block.iterations for block in self.blocks), default=0)
         count = max(len(self.blocks), 1)
         return (
-            f"{len(self.blocks)} blocks reconstructed in up to {steps} steps each: mean squared error of their outputs "
-            f"over that of zeros {before / count:.2e} before, {after / count:.2e} after (mean of blocks)"
+            f"{len(self.blocks)} blocks reconstructed in up to {steps} steps each: {what} over that of zeros "
+            f"{before / count:.2e} before, {after / count:.2e} after (mean of blocks)"
         )
 
 
@@ -123,13 +96,18 @@ def reconstruct(
         progress: Called with (what, done, total).
 
     Raises:
-        DataError: there are no batches, or a value is not finite.
+        DataError: there are no batches, none to train on, or a value is not a number.
 
     """
     if not batches:
         raise DataError(
             "Parameters are trained block by block on calibration data, and there is none. Give some with "
             "--calibration (or calibration=... in Python)."
+        )
+    if len(batches) <= settings.held_out:
+        raise DataError(
+            f"Of {len(batches)} batches of calibration data, {settings.held_out} would be held out to judge by, and "
+            f"none is left to train on. Give more data."
         )
     cuts = tuple(blocks) if blocks is not None else cut_blocks(original)
     # the budget decides how many steps are made, and with it the result
@@ -144,9 +122,7 @@ def reconstruct(
             found,
             weights or {},
             objective,
-            settings.iterations,
-            settings.drop,
-            settings.seed,
+            settings,
             state,
         )
         return _Loop(job, cuts, variables, settings.minutes).run(progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx
 from xformopt.match import is_call, xf
 from xformopt.program import Program, valid_positions, value_of
 from xformopt.reconstruction.blocks import Block
+from xformopt.reconstruction.settings import Settings
 from xformopt.reconstruction.state import State
 from xformopt.reconstruction.values import Store, Transform, run_block
 from xformopt.reconstruction.variables import Variable
@@ -22,6 +23,8 @@ __all__ = ["Attempt", "Job", "Objective", "Place", "Training", "squared_error"]
 # the penalty's weight, the share of the steps before it sets in, and how beta falls from there
 _LAMBDA, _WARMUP, _BETA = 10.0, 0.2, (20.0, 2.0)
 _FEWEST_STEPS = 20
+# how often a training is judged on what is held out
+_JUDGED = 10
 _SECONDS_BETWEEN_SAVES = 20.0
 _TINY = 1e-30
 
@@ -42,6 +45,10 @@ class Attempt:
     wanted: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]
     valid: Mapping[str, torch.Tensor]
+
+    def zeros(self, transform: Transform | None = None) -> dict[str, torch.Tensor]:
+        """Return zeros in place of all outputs."""
+        return {name: torch.zeros_like(value) for name, value in self.wanted.items()}
 
     def error(self, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the weighted mean squared error over all outputs."""
@@ -76,9 +83,7 @@ class Job:
         found: Values between blocks of the changed program, behind the blocks that are trained already.
         weights: What an element's error counts, by the name of an output of a block.
         objective: The loss of an attempt.
-        iterations: Steps of a block, at most.
-        drop: The chance of an element to be left unquantized in a step.
-        seed: Of what is random.
+        settings: How to train.
         state: Where training under way is kept.
 
     """
@@ -90,9 +95,7 @@ class Job:
     found: Store
     weights: Mapping[str, torch.Tensor]
     objective: Objective
-    iterations: int
-    drop: float
-    seed: int
+    settings: Settings
     state: State
 
     def given(self, store: Store, block: Block, batch: int) -> dict[str, Any]:
@@ -107,6 +110,14 @@ class Place:
     index: int
     original: Block
     changed: Block
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best results so far, and their error."""
+
+    results: dict[str, torch.Tensor]
+    error: float
 
 
 class Training:
@@ -127,54 +138,86 @@ class Training:
         self.partial = f"block-{place.index}-partial"
         nodes = {node.name: node for node in job.original.graph.nodes}
         self.outputs = {name: nodes[name] for name in place.original.outputs if _is_float(nodes[name])}
+        held_out = job.settings.judged(len(job.batches))
+        self.seen = [batch for batch in range(len(job.batches)) if batch not in held_out]
+        self.judged = held_out or tuple(self.seen)
         self.penalized = max(sum(v.leaf.numel() for v in made.values() if v.penalty(1.0) is not None), 1)
 
     def run(
         self, seconds: float | None, progress: Callable[[int], None]
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Train within a time (None: no limit); return the results by parameter name, and the facts of the training."""
+        started = time.monotonic()
         untrained = {name: variable.untrained() for name, variable in self.made.items()}
         before, zeros = self._error_of(untrained)
+        judging = time.monotonic() - started
+        self.best = _Best(untrained, before)
         saved = self.job.state.read(self.partial)
-        steps = int(saved[1]["iterations"]) if saved is not None else self._affordable(seconds, before)
-        adam = torch.optim.Adam([{"params": [v.leaf], "lr": v.rate(steps)} for v in self.made.values()])
-        start = 0 if saved is None else self._restore(adam, *saved)
+        steps = int(saved[1]["iterations"]) if saved is not None else self._affordable(seconds, before, judging)
+        adam = torch.optim.AdamW(
+            [{"params": [v.leaf], "lr": v.rate(steps)} for v in self.made.values()], weight_decay=0
+        )
+        done = 0 if saved is None else self._restore(adam, *saved)
+        # what an interrupted run has used is gone
+        started -= 0.0 if saved is None else float(saved[1]["seconds"])
         written = time.monotonic()
-        for step in range(start, steps):
-            progress(100 * step // steps)
-            adam.zero_grad()
-            self._loss(step, steps, before).backward()
-            adam.step()
+        while done < steps and (done < _FEWEST_STEPS or not _is_over(started, seconds)):
+            progress(100 * done // steps)
+            self._step(adam, done, steps, before)
+            done += 1
+            if self._is_judged_after(done, steps):
+                self._judge()
             if time.monotonic() - written > _SECONDS_BETWEEN_SAVES:
-                self._save(adam, step + 1, steps)
+                self._save(adam, done, steps, time.monotonic() - started)
                 written = time.monotonic()
-        results = {name: variable.result() for name, variable in self.made.items()}
-        after, _ = self._error_of(results)
-        if not after < before:
-            results, after = untrained, before
+        if done < steps:
+            self._judge()
         facts = {
             "name": self.place.original.name,
             "before": before / zeros,
-            "after": after / zeros,
-            "iterations": steps,
+            "after": self.best.error / zeros,
+            "iterations": done,
         }
-        return results, facts
+        return self.best.results, facts
+
+    def _step(self, adam: torch.optim.AdamW, step: int, steps: int, before: float) -> None:
+        settings = self.job.settings
+        share = settings.rate(step, steps)
+        for group, variable in zip(adam.param_groups, self.made.values(), strict=True):
+            group["lr"] = share * variable.rate(steps)
+        adam.zero_grad()
+        self._loss(step, steps, before).backward()
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_([variable.leaf for variable in self.made.values()], settings.clip)
+        adam.step()
+
+    def _is_judged_after(self, done: int, steps: int) -> bool:
+        if not self.job.settings.held_out:
+            return done == steps
+        return done * _JUDGED // steps > (done - 1) * _JUDGED // steps
+
+    def _judge(self) -> None:
+        """Keep what has been trained so far if it is the best yet."""
+        results = {name: variable.result() for name, variable in self.made.items()}
+        error, _ = self._error_of(results)
+        if error < self.best.error:
+            self.best = _Best(results, error)
 
     def _error_of(self, results: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-        """Return the mean objective over all batches with settled values, and the error of zeros."""
+        """Return the mean objective over the batches to judge by with settled values, and that of zeros."""
         values = {name: self.made[name].settled(result) for name, result in results.items()}
         total = zeros = 0.0
         with torch.no_grad():
-            for batch in range(len(self.job.batches)):
+            for batch in self.judged:
                 attempt = self._attempt(batch, values, None)
                 total += float(self.job.objective(attempt))
-                zeros += float(attempt.error({name: torch.zeros_like(value) for name, value in attempt.wanted.items()}))
-        count = len(self.job.batches)
+                zeros += float(self.job.objective(replace(attempt, run=attempt.zeros)))
+        count = len(self.judged)
         return total / count, max(zeros / count, _TINY)
 
-    def _affordable(self, seconds: float | None, before: float) -> int:
-        """Return how many steps fit into the time."""
-        most = self.job.iterations
+    def _affordable(self, seconds: float | None, before: float, judging: float) -> int:
+        """Return how many steps fit into the time, beside judging, which takes so many seconds each time."""
+        most = self.job.settings.iterations
         if seconds is None:
             return most
         took = []
@@ -184,12 +227,13 @@ class Training:
             took.append(time.monotonic() - started)
         for variable in self.made.values():
             variable.leaf.grad = None
-        return max(min(most, int(seconds / max(took[-1], 1e-9))), min(most, _FEWEST_STEPS))
+        left = seconds - judging * (_JUDGED + 1 if self.job.settings.held_out else 2)
+        return max(min(most, int(left / max(took[-1], 1e-9))), min(most, _FEWEST_STEPS))
 
     def _loss(self, step: int, steps: int, before: float) -> torch.Tensor:
         # each step's chances follow from its number alone, so that training can go on anywhere
-        generator = torch.Generator().manual_seed(hash((self.job.seed, self.place.index, step)) % 2**63)
-        batch = int(torch.randint(len(self.job.batches), (), generator=generator))
+        generator = torch.Generator().manual_seed(hash((self.job.settings.seed, self.place.index, step)) % 2**63)
+        batch = self.seen[int(torch.randint(len(self.seen), (), generator=generator))]
         values = {name: variable.value() for name, variable in self.made.items()}
         loss = self.job.objective(self._attempt(batch, values, generator)) / max(before, _TINY)
         progress = (step / steps - _WARMUP) / (1 - _WARMUP)
@@ -201,7 +245,7 @@ class Training:
         return loss
 
     def _attempt(self, batch: int, values: Mapping[str, torch.Tensor], chances: torch.Generator | None) -> Attempt:
-        job, drop = self.job, self.job.drop
+        job, drop = self.job, self.job.settings.drop
         given = job.given(job.found, self.place.changed, batch)
         if chances is not None and drop:
             given = dict(self._mixed(given, batch, chances, drop))
@@ -232,15 +276,17 @@ class Training:
             else:
                 yield name, value
 
-    def _save(self, adam: torch.optim.Adam, step: int, steps: int) -> None:
+    def _save(self, adam: torch.optim.AdamW, step: int, steps: int, seconds: float) -> None:
         tensors: dict[str, torch.Tensor] = {}
         for name, variable in self.made.items():
             moments = adam.state[variable.leaf]
             tensors |= {f"{name}/leaf": variable.leaf, f"{name}/mean": moments["exp_avg"]}
             tensors |= {f"{name}/square": moments["exp_avg_sq"], f"{name}/step": moments["step"]}
-        self.job.state.write(self.partial, tensors, {"step": step, "iterations": steps})
+            tensors[f"{name}/best"] = self.best.results[name]
+        facts = {"step": step, "iterations": steps, "seconds": seconds, "error": self.best.error}
+        self.job.state.write(self.partial, tensors, facts)
 
-    def _restore(self, adam: torch.optim.Adam, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> int:
+    def _restore(self, adam: torch.optim.AdamW, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> int:
         with torch.no_grad():
             for name, variable in self.made.items():
                 variable.leaf.copy_(tensors[f"{name}/leaf"])
@@ -249,7 +295,12 @@ class Training:
                     "exp_avg": tensors[f"{name}/mean"].clone(),
                     "exp_avg_sq": tensors[f"{name}/square"].clone(),
                 }
+        self.best = _Best({name: tensors[f"{name}/best"] for name in self.made}, float(facts["error"]))
         return int(facts["step"])
+
+
+def _is_over(started: float, seconds: float | None) -> bool:
+    return seconds is not None and time.monotonic() - started > seconds
 
 
 def _is_float(node: fx.Node) -> bool:

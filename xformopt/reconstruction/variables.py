@@ -1,4 +1,7 @@
-"""What can be trained in place of a parameter: the parameter itself, its scale, or which way its values are rounded."""
+"""What can be trained in place of a parameter.
+
+The parameter itself, an update of low rank, its scale, or which way its values are rounded.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-__all__ = ["Free", "Positive", "Rounding", "Variable"]
+__all__ = ["Free", "LowRank", "Positive", "Rounding", "Variable"]
 
 # the rectified sigmoid reaches beyond 0 and 1, so that it can settle there (Louizos et al., arXiv 1712.01312)
 _STRETCH, _OFFSET = 1.2, -0.1
@@ -58,6 +61,41 @@ class Free(Variable):
     def result(self) -> torch.Tensor:
         """Return what is kept of the training."""
         return self.leaf.detach().clone()
+
+    def untrained(self) -> torch.Tensor:
+        """Return what would be kept without it."""
+        return self.start.clone()
+
+    def settled(self, result: torch.Tensor) -> torch.Tensor:
+        """Return the value for a result."""
+        return result
+
+    def rate(self, iterations: int) -> float:
+        """Return the learning rate."""
+        return self._rate
+
+
+class LowRank(Variable):
+    """A matrix moves by a product of two thin ones (Hu et al., LoRA, arXiv 2106.09685).
+
+    ``value = start + B A``, A ``[R, I]`` drawn from a normal distribution of deviation ``1 / sqrt(I)``, B ``[O, R]``
+    started at zero.  The leaf is both, ``[R, I + O]``; the result is the sum.
+    """
+
+    def __init__(self, start: torch.Tensor, *, rank: int, seed: int = 0, rate: float = 1e-3) -> None:
+        self.start, self._rate = start, rate
+        rows, self.columns = start.shape
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randn(rank, self.columns, generator=generator, dtype=start.dtype) / self.columns**0.5
+        self.leaf = torch.cat([first, start.new_zeros(rank, rows)], 1).requires_grad_()
+
+    def value(self) -> torch.Tensor:
+        """Return the value to compute with in training."""
+        return self.start + self.leaf[:, self.columns :].t() @ self.leaf[:, : self.columns]
+
+    def result(self) -> torch.Tensor:
+        """Return what is kept of the training."""
+        return self.value().detach().clone()
 
     def untrained(self) -> torch.Tensor:
         """Return what would be kept without it."""

@@ -1,0 +1,1 @@
+"""What recovery passes share."""
