@@ -322,6 +322,6 @@ def _distance(pairs: Mapping[str, str], attempt: Attempt) -> torch.Tensor:
     """The mean squared distance of the block's linear form to its attention."""
     found = attempt.run(None)
     form = next(name for name in pairs if name in found)
-    squared = (found[form] - found[pairs[form]]).square()
+    squared = (found[form] - attempt.wanted[pairs[form]]).square()
     valid = attempt.valid.get(pairs[form])
     return squared.mean() if valid is None else squared[valid.expand_as(squared)].mean()
