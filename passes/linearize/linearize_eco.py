@@ -37,9 +37,11 @@ from xformopt.passes.linearize.support.sites import (
     projection_of,
     relearned,
     spread,
+    unexpressed_bias,
     with_projection,
 )
-from xformopt.program import value_of
+from xformopt.pipeline import Context
+from xformopt.program import Program, value_of
 from xformopt.reconstruction import Settings
 from xformopt.rewrite import Editor
 
@@ -91,7 +93,7 @@ class LinearizeEco(FittedLinearization):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value}")
 
-    def refusal(self, site: Site, length: int) -> str | None:
+    def refusal(self, site: Site, length: int, program: Program, context: Context) -> str | None:
         """Refuse what has no projection to share, and codes or samples larger than the sequence."""
         if self.bits > length:
             return f"codes of {self.bits} bits cost more than its sequences of {length} tokens"
@@ -102,7 +104,7 @@ class LinearizeEco(FittedLinearization):
         source = projected_from(site.q)
         if source is None or source is not projected_from(site.k):
             return "its queries and keys are no linear layers of one value, so that they cannot share one"
-        return None
+        return unexpressed_bias(site, self.bias)
 
     def untrained(self, site: Site) -> Trained:
         """Return tables of zeros."""

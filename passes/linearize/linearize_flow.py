@@ -18,7 +18,9 @@ from typing import ClassVar, Literal
 
 from xformopt.match import xf
 from xformopt.passes.linearize.support.linearization import FittedLinearization, Form, Trained
-from xformopt.passes.linearize.support.sites import Site, relearned, spread
+from xformopt.passes.linearize.support.sites import Site, relearned, spread, unexpressed_bias
+from xformopt.pipeline import Context
+from xformopt.program import Program
 from xformopt.rewrite import Editor
 
 __all__ = ["LinearizeFlow"]
@@ -50,6 +52,10 @@ class LinearizeFlow(FittedLinearization):
     rate: float = 3e-3
 
     sources: ClassVar[tuple[str, ...]] = ("Wu et al., Flowformer, ICML 2022, arXiv 2202.06258",)
+
+    def refusal(self, site: Site, length: int, program: Program, context: Context) -> str | None:
+        """Refuse a bias that is not to be dropped."""
+        return unexpressed_bias(site, self.bias)
 
     def build(self, editor: Editor, site: Site, trained: Trained) -> Form:
         """Insert flow attention behind projections of its own."""

@@ -21,7 +21,9 @@ import torch
 
 from xformopt.match import xf
 from xformopt.passes.linearize.support.linearization import FittedLinearization, Form, Trained
-from xformopt.passes.linearize.support.sites import Site, spread
+from xformopt.passes.linearize.support.sites import Site, spread, unexpressed_bias
+from xformopt.pipeline import Context
+from xformopt.program import Program
 from xformopt.rewrite import Editor
 
 __all__ = ["LinearizeLearnedMaps"]
@@ -54,6 +56,10 @@ class LinearizeLearnedMaps(FittedLinearization):
         "Zhang et al., The Hedgehog & the Porcupine, ICLR 2024, arXiv 2402.04347",
         "Zhang et al., LoLCATs, ICLR 2025, arXiv 2410.10254, section 3.2",
     )
+
+    def refusal(self, site: Site, length: int, program: Program, context: Context) -> str | None:
+        """Refuse a bias that is not to be dropped."""
+        return unexpressed_bias(site, self.bias)
 
     def build(self, editor: Editor, site: Site, trained: Trained) -> Form:
         """Insert linear attention with the maps."""

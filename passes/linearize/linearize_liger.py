@@ -27,9 +27,9 @@ from torch import fx
 
 from xformopt.match import xf
 from xformopt.passes.linearize.support.linearization import Form, Linearization, Trained
-from xformopt.passes.linearize.support.sites import Site, spread, without_rotation
-from xformopt.pipeline import Effect
-from xformopt.program import value_of
+from xformopt.passes.linearize.support.sites import Site, spread, unexpressed_bias, without_rotation
+from xformopt.pipeline import Context, Effect
+from xformopt.program import Program, value_of
 from xformopt.rewrite import Editor
 
 __all__ = ["LinearizeLiger"]
@@ -74,11 +74,11 @@ class LinearizeLiger(Linearization):
         if self.window < 1:
             raise ValueError(f"window must be at least 1, but is {self.window}")
 
-    def refusal(self, site: Site, length: int) -> str | None:
-        """Refuse sequences that lie within one window: nothing would be left for the recurrence."""
+    def refusal(self, site: Site, length: int, program: Program, context: Context) -> str | None:
+        """Refuse a bias that is not to be dropped, and sequences within one window: they have nothing to recur to."""
         if length <= self.window:
             return f"its sequences of {length} tokens lie within one window of {self.window}"
-        return None
+        return unexpressed_bias(site, self.bias)
 
     def build(self, editor: Editor, site: Site, trained: Trained) -> Form:
         """Insert both halves."""

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -63,14 +63,12 @@ class Linearization(Pass):
     Attributes:
         layers: Shell patterns of module paths of the attentions; empty: all.
         force: Whether to linearize below the crossover, too.
-        bias: What happens to an additive bias of the logits: refuse the layer, or drop the bias.
         max_error: Largest squared error of a layer on calibration data, over that of zeros, at which it is accepted.
 
     """
 
     layers: tuple[str, ...] = ()
     force: bool = False
-    bias: Literal["refuse", "drop"] = "refuse"
     max_error: float = 1.0
 
     def __post_init__(self) -> None:
@@ -89,9 +87,9 @@ class Linearization(Pass):
         """Return the fitted parameters of all forms by name, and notes: none, unless a method fits."""
         return {}, []
 
-    def refusal(self, site: Site, length: int) -> str | None:
-        """Return why this method cannot linearize a site whose sequences have ``length`` tokens."""
-        return None
+    @abstractmethod
+    def refusal(self, site: Site, length: int, program: Program, context: Context) -> str | None:
+        """Return why this method cannot linearize a site whose sequences have ``length`` tokens, or None."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Choose the layers, fit their linear forms, and keep those that are close enough."""
@@ -150,7 +148,7 @@ class Linearization(Pass):
                 reasons[node.name] = found.reason
                 continue
             length = statistics.median_low([found.length(program, sizes) for sizes in lengths])
-            reason = self._reason(found, length)
+            reason = self._reason(found, length, program, context)
             if reason is None and not self.force:
                 reason = crossover.refusal(found, length)
             if reason is None:
@@ -159,15 +157,10 @@ class Linearization(Pass):
                 reasons[node.name] = reason
         return reasons, sites
 
-    def _reason(self, site: Site, length: int) -> str | None:
+    def _reason(self, site: Site, length: int, program: Program, context: Context) -> str | None:
         if self.layers and not any(fnmatchcase(path_of(site.node), pattern) for pattern in self.layers):
             return "it is not among the chosen layers"
-        if site.bias is not None and self.bias == "refuse":
-            return (
-                f"an additive bias of the logits, %{site.bias.name}, cannot be expressed; bias=drop leaves it out, for "
-                f"training to make up for"
-            )
-        return is_too_short(site, length) or self.refusal(site, length)
+        return is_too_short(site, length) or self.refusal(site, length, program, context)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import fx
@@ -21,6 +22,7 @@ __all__ = [
     "read_site",
     "relearned",
     "spread",
+    "unexpressed_bias",
     "with_projection",
     "without_rotation",
 ]
@@ -84,6 +86,16 @@ def read_site(program: Program, node: fx.Node) -> Site | Reject:
         return Reject("its queries and keys are those of different sequences")
     names = ("q", "k", "v", "key_mask", "bias", "heads", "kv_heads", "scale", "causal")
     return Site(node, **{name: given[name] for name in names})
+
+
+def unexpressed_bias(site: Site, bias: Literal["refuse", "drop"]) -> str | None:
+    """Return why a form without biases cannot stand for a site that has one, unless it is to be dropped."""
+    if site.bias is None or bias == "drop":
+        return None
+    return (
+        f"an additive bias of the logits, %{site.bias.name}, cannot be expressed; bias=drop leaves it out, for "
+        f"training to make up for"
+    )
 
 
 def is_too_short(site: Site, length: int) -> str | None:
