@@ -40,9 +40,10 @@ class Digits(Classification):
     folds: ClassVar[int] = _FOLDS
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
-        """Return 240 images of the training folds, as they are."""
+        """Return images of the training folds, as they are; 240 where not told otherwise."""
         images, _ = self.training()
-        return [{"pixel_values": rows} for rows in images[:_CALIBRATION_ITEMS].split(_CALIBRATION_ROWS)]
+        chosen = images[: self.samples or _CALIBRATION_ITEMS]
+        return [{"pixel_values": rows} for rows in chosen.split(_CALIBRATION_ROWS)]
 
     def test(self) -> Iterator[Batch]:
         """Yield the images of the held-out fold, sixty at a time."""

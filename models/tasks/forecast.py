@@ -83,7 +83,7 @@ class Forecast(Task):
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """Return histories of the training part."""
-        histories, _ = training_windows(_CALIBRATION_WINDOWS, torch.Generator().manual_seed(_SEED))
+        histories, _ = training_windows(self.samples or _CALIBRATION_WINDOWS, torch.Generator().manual_seed(_SEED))
         return [{"series": part} for part in histories.split(_BATCH)]
 
     def test(self) -> Iterator[Batch]:

@@ -163,7 +163,7 @@ class ListOps(Classification):
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """Return expressions of another seed than the test split's."""
-        return [pad(part)[0] for part in _by_length(_drawn(_TRAINING_SEED, _CALIBRATION_ITEMS))]
+        return [pad(part)[0] for part in _by_length(_drawn(_TRAINING_SEED, self.samples or _CALIBRATION_ITEMS))]
 
     def test(self) -> Iterator[Batch]:
         """Yield 1,000 expressions, the shortest first, so that a batch is padded little."""

@@ -165,7 +165,7 @@ class PyCode(Task):
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """Return windows of modules that are trained on."""
-        windows = training_windows(_CALIBRATION_WINDOWS, torch.Generator().manual_seed(0))
+        windows = training_windows(self.samples or _CALIBRATION_WINDOWS, torch.Generator().manual_seed(0))
         return [{"input_ids": part} for part in windows.split(_BATCH)]
 
     def test(self) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ between, so that every answer lies more than half a sequence back and no short a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -79,7 +80,9 @@ class Recall(Task):
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """Return sequences of another seed than the test split's, some of each length."""
         generator = torch.Generator().manual_seed(_CALIBRATION_SEED)
-        return [{"input_ids": draw(_TEST_TOKENS // length, length, generator)[0]} for length in LENGTHS]
+        rounds = math.ceil((self.samples or 1) / sum(_TEST_TOKENS // length for length in LENGTHS))
+        lengths = [length for _ in range(rounds) for length in LENGTHS]
+        return [{"input_ids": draw(_TEST_TOKENS // length, length, generator)[0]} for length in lengths]
 
     def test(self) -> Iterator[Batch]:
         """Yield sequences of each length, the short ones first."""

@@ -47,8 +47,8 @@ class Retrieval(Task):
     output: ClassVar[str] = "sentence_embedding"
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
-        """Return 128 passages that are not among the tested ones."""
-        passages = _passages()[_TEST_PASSAGES : _TEST_PASSAGES + _CALIBRATION_PASSAGES]
+        """Return passages that are not among the tested ones; 128 where not told otherwise."""
+        passages = _passages()[_TEST_PASSAGES : _TEST_PASSAGES + (self.samples or _CALIBRATION_PASSAGES)]
         return list(_encoded(passages, _CALIBRATION_ROWS))
 
     def test(self) -> Iterator[Batch]:

@@ -62,6 +62,7 @@ class Task(ABC):
 
     Attributes:
         fold: Which of the ``folds`` is held out as test split.
+        samples: Items of calibration data, as far as the training split has so many; None: the task's own number.
         name: What the command line calls it.
         summary: One line for a listing.
         metric: What ``value`` of a score is called.
@@ -73,6 +74,7 @@ class Task(ABC):
     """
 
     fold: int = 0
+    samples: int | None = None
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -85,10 +87,15 @@ class Task(ABC):
     def __post_init__(self) -> None:
         if not 0 <= self.fold < self.folds:
             raise ValueError(f"fold must be 0 to {self.folds - 1}, but is {self.fold}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples must be at least 1, but is {self.samples}")
 
     @abstractmethod
     def calibration(self) -> list[dict[str, torch.Tensor]]:
-        """Return batches of inputs from the training split, the same every time; lossy passes see only these."""
+        """Return batches of inputs from the training split, the same every time; lossy passes see only these.
+
+        A task with much data of its own returns as many items as ``samples`` asks for.
+        """
 
     @abstractmethod
     def test(self) -> Iterator[Batch]:
