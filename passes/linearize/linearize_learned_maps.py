@@ -1,0 +1,81 @@
+"""Replace softmax attention by linear attention with feature maps that are learned to imitate it.
+
+    softmax(s q k^T) v    ->    phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)),    phi(x) = [softmax(x W), softmax(-x W)]
+
+One W for each head, started at ``sqrt(s) I``, so that the exponents of phi(q) and phi(k) add up to those of softmax
+attention channel by channel; trained layer by layer, everything else frozen, to give the attention's output.  Rotary
+embeddings stay in queries and keys.  The published methods train afterwards, by LoRA on the model's own loss: run a
+recovery behind this pass.
+
+Zhang et al., The Hedgehog & the Porcupine, ICLR 2024, arXiv 2402.04347 (the map; there a map for queries and one for
+keys, here one for both); Zhang et al., LoLCATs, ICLR 2025, arXiv 2410.10254 (attention transfer by output error).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from xformopt.match import xf
+from xformopt.passes.linearize.support.linearization import FittedLinearization, Form, Trained
+from xformopt.passes.linearize.support.sites import Site, spread, unexpressed_bias
+from xformopt.pipeline import Context
+from xformopt.program import Program
+from xformopt.rewrite import Editor
+
+__all__ = ["LinearizeLearnedMaps"]
+
+
+@dataclass(frozen=True)
+class LinearizeLearnedMaps(FittedLinearization):
+    """Replace softmax attention by linear attention with learned feature maps.
+
+    Attributes:
+        layers: Shell patterns of module paths of the attentions; empty: all.
+        force: Whether to linearize below the crossover, too.
+        bias: What happens to an additive bias of the logits: refuse the layer, or drop the bias.
+        max_error: Largest squared error of a layer on calibration data, over that of zeros, at which it is accepted.
+        iterations: Training steps of each layer, at most.
+        minutes: What all training may take; None: no limit.
+        rate: Learning rate of the maps.
+
+    """
+
+    layers: tuple[str, ...] = ()
+    force: bool = False
+    bias: Literal["refuse", "drop"] = "refuse"
+    max_error: float = 0.5
+    iterations: int = 200
+    minutes: float | None = 5.0
+    rate: float = 1e-2
+
+    sources: ClassVar[tuple[str, ...]] = (
+        "Zhang et al., The Hedgehog & the Porcupine, ICLR 2024, arXiv 2402.04347",
+        "Zhang et al., LoLCATs, ICLR 2025, arXiv 2410.10254, section 3.2",
+    )
+
+    def refusal(self, site: Site, length: int, program: Program, context: Context) -> str | None:
+        """Refuse a bias that is not to be dropped."""
+        return unexpressed_bias(site, self.bias)
+
+    def build(self, editor: Editor, site: Site, trained: Trained) -> Form:
+        """Insert linear attention with the maps."""
+        name = f"{site.node.name}.feature_map"
+        start = math.sqrt(abs(site.scale)) * torch.eye(site.depth).repeat(site.heads, 1, 1)
+        maps = editor.parameter(name, trained.get(name, start))
+        k, v = (spread(editor, site, x) for x in (site.k, site.v))
+        node = editor.call(
+            xf.linear_attention,
+            site.q,
+            k,
+            v,
+            site.key_mask,
+            maps,
+            heads=site.heads,
+            feature="hedgehog",
+            causal=site.causal,
+        )
+        return Form(node, (str(maps.target),))

@@ -1,0 +1,208 @@
+"""What linear attention costs and keeps: trained models, linearized, before and after at most ten minutes of recovery.
+
+    python tools/measure_linearize.py [--minutes N] [--samples N] [--methods A,B] [MODEL ...]
+                                                                        writes tools/results/linearize.json
+
+For every model and method: the task's metric of the original, of the linearized model as it is, and of the same after
+recovery by distillation, all as artifacts on ort-cpu; and the share of the original's margin over the best trivial
+predictor that is kept.  ``liger, window only`` is the control of ``liger``, with the same recovery: what it keeps, the
+recurrence has not earned.  Methods run by force; what the gate of lengths says without it is in the file, too, at the
+task's own lengths and at 128 tokens.  A method that refuses a model says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import xformopt as xo
+from xformopt.comparison import measured_times
+from xformopt.errors import XformoptError
+from xformopt.evaluation import artifact_subject, calibration_of, judge
+from xformopt.measure.machine import describe_machine
+from xformopt.models.tasks.task import Score, Task
+from xformopt.models.zoo import find_trained
+from xformopt.original import capture_original
+from xformopt.passes import parse_pass
+from xformopt.pipeline import Pipeline, PipelineResult
+from xformopt.program import Program
+from xformopt.tasks import find_task
+
+RESULTS = Path(__file__).parent / "results" / "linearize.json"
+TARGET = "ort-cpu"
+SHORT = 128
+# trained towards the original's answers; the paper of Liger takes LoRA, those of the others train everything
+LORA, ALL = "lora", "all"
+SEQUENCES = {
+    "liger": ("linearize-liger{force=true%s}", LORA),
+    "liger, window only": ("linearize-liger{force=true,window_only=true%s}", LORA),
+    "learned maps": ("linearize-learned-maps{force=true,max_error=1%s}", ALL),
+    "flow": ("linearize-flow{force=true%s}", ALL),
+}
+IMAGES = {
+    "flow": ("linearize-flow{force=true%s}", ALL),
+    "eco": ("linearize-eco{force=true%s}", ALL),
+    "learned maps": ("linearize-learned-maps{force=true,max_error=1%s}", ALL),
+}
+MODELS: dict[str, tuple[dict[str, tuple[str, str]], str]] = {
+    "recall-llama": (SEQUENCES, ""),
+    "pycode-gpt": (SEQUENCES, ""),
+    "pycode-llama": (SEQUENCES, ""),
+    "listops-t5": (SEQUENCES, ",bias=drop"),
+    "digits-vit": (IMAGES, ""),
+}
+FIT_MINUTES = 2.0
+
+
+@dataclass
+class Subject:
+    """A trained model, its task, and what it learns from."""
+
+    label: str
+    program: Program
+    task: Task
+    samples: list[dict[str, torch.Tensor]]
+    minutes: float
+
+    def run(self, *passes: str, time: Any = None) -> PipelineResult:
+        """Run passes on the model."""
+        steps = [parse_pass(text) for text in passes]
+        return Pipeline(steps).run(self.program, calibration=self.samples, target=TARGET, time=time)
+
+    def score(self, program: Program) -> Score:
+        """Judge a program on the task, as an artifact."""
+        return judge(self.task, artifact_subject(xo.lower(program, TARGET, measure=False)), None).score
+
+
+def subject_of(name: str, samples: int, minutes: float) -> Subject:
+    """Capture a model; of several folds the first."""
+    label = find_trained(name).on_fold(0).label
+    program = capture_original(label).program
+    task = find_task(find_trained(name).task)
+    data = calibration_of(replace(task, samples=samples), program)
+    return Subject(label, program, task, data, minutes)
+
+
+def measure(subject: Subject, methods: dict[str, tuple[str, str]], options: str) -> dict[str, Any]:
+    """Measure every method on one model."""
+    original = subject.score(subject.run().program)
+    trivial = best_trivial(subject.task)
+    rows: dict[str, dict[str, Any]] = {}
+    for method, (text, train) in methods.items():
+        linearize = text % (options + ("" if "liger" in text else f",minutes={min(FIT_MINUTES, subject.minutes)}"))
+        try:
+            rows[method] = one(subject, linearize, train, original, trivial)
+        except XformoptError as error:
+            rows[method] = {"pass": linearize, "refused": str(error)}
+        print(subject.label, method, rows[method], flush=True)
+    return {
+        "task": subject.task.name,
+        "metric": subject.task.metric,
+        "higher_is_better": subject.task.higher_is_better,
+        "original": original.value,
+        "original_details": original.details,
+        "trivial": trivial,
+        "methods": rows,
+        "gate": gate(subject, {text % options for text, _ in methods.values()}),
+    }
+
+
+def one(subject: Subject, linearize: str, train: str, original: Score, trivial: float) -> dict[str, Any]:
+    """Linearize and recover; return the metrics on the way."""
+    started = time.perf_counter()
+    before = subject.run(linearize)
+    fitted = time.perf_counter() - started
+    record = before.history[-1]
+    recover = f"recover-accuracy{{minutes={subject.minutes},train={train}}}"
+    started = time.perf_counter()
+    after = subject.run(linearize, recover)
+    recovered = time.perf_counter() - started - fitted
+    scores = [subject.score(result.program) for result in (before, after)]
+    margins = [(score.value - trivial) / (original.value - trivial) for score in scores]
+    return {
+        "pass": linearize,
+        "recovery": recover,
+        "layers": record.fired,
+        "refusals": [{"reason": reason, "count": count} for reason, count in record.rejected],
+        "before": scores[0].value,
+        "after": scores[1].value,
+        "margin_before": margins[0],
+        "margin_after": margins[1],
+        "details_after": scores[1].details,
+        "seconds": {"linearize": fitted, "recover": recovered},
+        "notes": [*record.notes, *after.history[-1].notes],
+    }
+
+
+def best_trivial(task: Task) -> float:
+    """Return what the best of the trivial predictors reaches."""
+    found = task.baselines().values()
+    return max(found) if task.higher_is_better else min(found)
+
+
+def gate(subject: Subject, passes: set[str]) -> list[dict[str, Any]]:
+    """Return what each pass says without force, with this machine's clock, at the task's length and at a short one."""
+    clock = partial(measured_times, target=TARGET)
+    found = []
+    for text in sorted(passes):
+        asked = text.replace("force=true,", "").replace("force=true", "")
+        for what, data in (("task", subject.samples[:1]), (f"{SHORT} tokens", shortened(subject))):
+            if data is None:
+                continue
+            told = replace(subject, samples=data).run(asked, time=clock).history[-1]
+            entry = {"pass": asked, "at": what, "layers": told.fired, "refusals": [r for r, _ in told.rejected]}
+            found.append({**entry, "notes": list(told.notes)})
+            print(subject.label, found[-1], flush=True)
+    return found
+
+
+def shortened(subject: Subject) -> list[dict[str, torch.Tensor]] | None:
+    """Return a batch cut to a short length, or None where the length is fixed."""
+    if "length" not in subject.program.dims:
+        return None
+    return [{name: value[:, :SHORT] for name, value in subject.samples[0].items()}]
+
+
+def write(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Put a model into the file."""
+    path.parent.mkdir(exist_ok=True)
+    models = json.loads(path.read_text())["models"] if path.exists() else {}
+    text = {
+        "schema": "xformopt/linearize/1",
+        "machine": vars(describe_machine()),
+        "models": {**models, name: entry},
+    }
+    path.write_text(json.dumps(text, indent=1, default=str) + "\n")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure the models named on the command line, or all that have not been measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of recovery")
+    parser.add_argument("--samples", type=int, default=2000, help="items to learn from")
+    parser.add_argument("--methods", help="names of methods, with commas between them")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the file of results")
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.models if name not in MODELS]:
+        parser.error(f"there is no model {unknown[0]!r} here: name {', '.join(MODELS)}")
+    known = json.loads(given.output.read_text())["models"] if given.output.exists() else {}
+    for name in given.models or [name for name in MODELS if name not in known]:
+        methods, options = MODELS[name]
+        chosen = given.methods.split(",") if given.methods else list(methods)
+        picked = {method: value for method, value in methods.items() if method in chosen}
+        subject = subject_of(name, given.samples, given.minutes)
+        write(given.output, name, measure(subject, picked, options))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
