@@ -20,30 +20,37 @@ from xformopt.models.tasks.training import Schedule, fit
 from xformopt.models.trained import Trained
 from xformopt.models.vit import ViT, ViTConfig
 
-__all__ = ["TRAINED", "distort", "some_patches"]
+__all__ = ["TRAINED", "Cost", "Lessons", "distort", "learn", "smoothed", "some_patches"]
 
 
 @dataclass(frozen=True)
-class _Lessons:
-    """How often a model sees the training folds, and how fast it learns."""
+class Lessons:
+    """How often a model sees the training folds, and how fast it learns.
+
+    Attributes:
+        epochs: Times that every image is seen.
+        rate: The learning rate at its highest.
+        warmup: Share of the steps in which the rate rises.
+        partly: Share of the steps, at the start, in which a ViT sees half of the patches.
+
+    """
 
     epochs: int
     rate: float = 1e-3
     warmup: float = 0.1
+    partly: float = 0.6
 
 
 _BATCH = 32
-_VIT, _DEIT = _Lessons(40, warmup=0.2), _Lessons(30, rate=1.5e-3, warmup=0.2)
-_PVT, _TEACHER = _Lessons(30, rate=2e-3), _Lessons(10, rate=2e-3)
+_VIT, _DEIT = Lessons(40, warmup=0.2), Lessons(30, rate=1.5e-3, warmup=0.2)
+_PVT, _TEACHER = Lessons(30, rate=2e-3), Lessons(10, rate=2e-3)
 _TEACHER_SEED = 0
 _SMOOTHING = 0.05
-# share of the steps in which a ViT sees half of the patches
-_PARTLY = 0.6
 # how far an image is distorted at most: radians, share of the size, share of the size, share of half the side
 _TURN, _GROWTH, _SHEAR, _SHIFT = math.radians(15), 0.12, 0.15, 0.12
 
-# the loss of a module on some distorted images with these labels
-_Cost: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+# the loss of a module on some distorted images with these labels; what else it needs is drawn from the generator
+Cost: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
 
 
 def _vit(depth: int, distillation: bool) -> nn.Module:
@@ -90,13 +97,13 @@ def _convolutions() -> nn.Module:
         )
 
 
-def _train(module: nn.Module, fold: int, progress: Progress, lessons: _Lessons) -> None:
+def _train(module: nn.Module, fold: int, progress: Progress, lessons: Lessons) -> None:
     """Cross-entropy with smoothed labels."""
 
-    def cost(module: nn.Module, shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _smoothed(module(shown)["logits"], labels)
+    def cost(module: nn.Module, shown: torch.Tensor, labels: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        return smoothed(module(shown)["logits"], labels)
 
-    _learn(module, fold, cost, lessons, progress)
+    learn(module, fold, cost, lessons, progress)
 
 
 def _distill(module: nn.Module, fold: int, progress: Progress) -> None:
@@ -108,33 +115,34 @@ def _distill(module: nn.Module, fold: int, progress: Progress) -> None:
     """
     teacher = _convolutions()
 
-    def teaching(teacher: nn.Module, shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _smoothed(teacher(shown), labels)
+    def teaching(teacher: nn.Module, shown: torch.Tensor, labels: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        return smoothed(teacher(shown), labels)
 
-    def cost(module: nn.Module, shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def cost(module: nn.Module, shown: torch.Tensor, labels: torch.Tensor, _: torch.Generator) -> torch.Tensor:
         logits, distilled = cast(ViT, module).answers(shown)
         decided = teacher(shown).argmax(1)
-        return (_smoothed(logits, labels) + nn.functional.cross_entropy(distilled, decided)) / 2
+        return (smoothed(logits, labels) + nn.functional.cross_entropy(distilled, decided)) / 2
 
-    _learn(teacher, fold, teaching, _TEACHER, lambda what, done, total: progress(f"the teacher: {what}", done, total))
-    _learn(module, fold, cost, _DEIT, progress)
+    learn(teacher, fold, teaching, _TEACHER, lambda what, done, total: progress(f"the teacher: {what}", done, total))
+    learn(module, fold, cost, _DEIT, progress)
 
 
-def _learn(module: nn.Module, fold: int, cost: _Cost, lessons: _Lessons, progress: Progress) -> None:
+def learn(module: nn.Module, fold: int, cost: Cost, lessons: Lessons, progress: Progress) -> None:
     """Train on every fold but one, on images distorted anew in every step."""
     images, labels = Digits(fold).training()
 
     def loss(module: nn.Module, generator: torch.Generator, done: float) -> torch.Tensor:
         rows = torch.randint(len(images), (_BATCH,), generator=generator)
         shown = distort(images[rows], generator)
-        with some_patches(module, generator, done < _PARTLY):
-            return cost(module, shown, labels[rows])
+        with some_patches(module, generator, done < lessons.partly):
+            return cost(module, shown, labels[rows], generator)
 
     steps = lessons.epochs * len(images) // _BATCH
     fit(module, loss, Schedule(steps=steps, rate=lessons.rate, warmup=lessons.warmup), progress)
 
 
-def _smoothed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def smoothed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of logits ``[N, 10]`` with smoothed labels."""
     return nn.functional.cross_entropy(logits, labels, label_smoothing=_SMOOTHING)
 
 

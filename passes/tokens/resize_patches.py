@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from xformopt.errors import DataError
+from xformopt.kernels.patch_embedding.resize import resize_kernel, resize_positions
 from xformopt.match import arguments, is_call, xf
 from xformopt.passes.tokens.support.token_stream import RefusalError, is_tokenwise, place_of
 from xformopt.pipeline import Context, Effect, Pass, PassResult
@@ -31,7 +32,7 @@ from xformopt.program import Program, infer_value, shape_of
 from xformopt.program.text import target_name
 from xformopt.rewrite import Editor, Fired, Region, Rejected
 
-__all__ = ["ResizePatches", "resize_kernel", "resize_matrix"]
+__all__ = ["ResizePatches"]
 
 aten = torch.ops.aten
 
@@ -123,22 +124,6 @@ class ResizePatches(Pass):
         node.replace_input_with(source, weight)
 
 
-def resize_matrix(before: tuple[int, int], after: tuple[int, int]) -> torch.Tensor:
-    """Return bilinear resizing of ``p x q`` pixels to ``p' x q'`` as a matrix ``[p' q', p q]``, float64."""
-    count = before[0] * before[1]
-    units = torch.eye(count, dtype=torch.float64).reshape(count, 1, *before)
-    resized = torch.nn.functional.interpolate(units, after, mode="bilinear", align_corners=False, antialias=False)
-    return resized.reshape(count, -1).t()
-
-
-def resize_kernel(kernel: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return ``pinv(B^T) w`` for every filter ``w`` of a kernel ``[C, I, p, q]``: ``[C, I, p', q']``."""
-    height, width = kernel.shape[2:]
-    inverse = torch.linalg.pinv(resize_matrix((height, width), size).t())
-    resized: torch.Tensor = kernel.double().flatten(2) @ inverse.t()
-    return resized.reshape(*kernel.shape[:2], *size).to(kernel.dtype).contiguous()
-
-
 def _embedding(program: Program) -> fx.Node:
     found = [node for node in program.nodes() if is_call(node, xf.patch_embedding)]
     if len(found) != 1:
@@ -218,11 +203,7 @@ def _resize_positions(
         raise RefusalError(node, f"{positions.target} has {table.shape[-2]} positions for {ahead + patches} tokens")
     if after == (0, 0):
         raise RefusalError(node, "no patch is left")
-    leading, grid = table[..., :ahead, :], table[..., ahead:, :]
-    image = grid.reshape(1, *before, -1).permute(0, 3, 1, 2).double()
-    resized = torch.nn.functional.interpolate(image, after, mode="bilinear", align_corners=False)
-    rows = resized.permute(0, 2, 3, 1).reshape(*grid.shape[:-2], -1, grid.shape[-1]).to(table.dtype)
-    stored = editor.parameter(f"{positions.target}.resized", torch.cat([leading, rows], -2).contiguous())
+    stored = editor.parameter(f"{positions.target}.resized", resize_positions(table, before, after))
     node.replace_input_with(positions, stored)
 
 

@@ -56,6 +56,8 @@ CASES = [
     Case("restore_tokens", lambda: (randn(2, 5, 4), *PAIRS), 0),
     Case("select_tokens", lambda: (randn(2, 7, 4), KEPT), 0),
     Case("rank_tokens", lambda: (randn(2, 7),), 0, {"prefix": 2, "r": 3}),
+    Case("changed_tokens", lambda: (randn(2, 7, 4), randn(2, 7, 4), torch.arange(3)), 3 * 2 * 7 * 4),
+    Case("update_tokens", lambda: (randn(2, 7, 4), KEPT, randn(2, 5, 4)), 0),
     Case("attention_received", lambda: (randn(2, 7, 8), randn(2, 7, 8)), 2 * 98 * 8 + 9 * 98 * 2, HEADS),
     Case(
         "attention_received",
@@ -93,7 +95,7 @@ def test_torch_accepts_the_operator(case: Case) -> None:
     torch.library.opcheck(operator(case).overload, case.arguments(), case.options)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name not in ("match_tokens", "rank_tokens")])
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in ("match_tokens", "rank_tokens", "changed_tokens")])
 def test_gradients(case: Case) -> None:
     arguments = case.arguments()
     given = [a.requires_grad_() if a is not None and a.is_floating_point() else a for a in arguments]
@@ -185,6 +187,27 @@ def test_ranking_keeps_the_prefix_and_the_best() -> None:
     assert xf.select_tokens(scores.unsqueeze(2), torch.tensor([[4, 0]])).flatten().tolist() == [4.0, -9.0]
 
 
+def test_a_gate_lets_through_what_has_changed_most() -> None:
+    reference = randn(2, 5, 3)
+    x = reference.clone()
+    x[0, 3] += 2.0
+    x[0, 1, 0] -= 1.0
+    x[1, 4, 2] += 0.5
+    x[1, 0, 1] += 0.25
+    assert xf.changed_tokens(x, reference, torch.arange(2)).tolist() == [[3, 1], [4, 0]]
+    # of tokens that did not change, the first come first; ranks may be any
+    assert xf.changed_tokens(x, reference, torch.tensor([3, 0])).tolist() == [[2, 3], [2, 4]]
+    assert xf.changed_tokens(x, x, torch.arange(5)).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_a_buffer_keeps_what_was_not_recomputed() -> None:
+    stored, fresh = randn(2, 4, 3), randn(2, 2, 3)
+    found = xf.update_tokens(stored, torch.tensor([[2, 0], [1, 3]]), fresh)
+    for row, (kept, left) in enumerate((((2, 0), (1, 3)), ((1, 3), (0, 2)))):
+        assert torch.equal(found[row, list(kept)], fresh[row])
+        assert torch.equal(found[row, list(left)], stored[row, list(left)])
+
+
 def test_mixing_is_the_softmax_over_those_that_take_part() -> None:
     metric, scores = randn(1, 6, 4), randn(1, 6)
     mix, share = xf.transform_tokens(metric, scores, prefix=1, neighbours=2, temperature=0.3, r=2)
@@ -204,6 +227,8 @@ def test_mixing_is_the_softmax_over_those_that_take_part() -> None:
     [
         (lambda x: xf.match_tokens(x, heads=3, prefix=0, r=1), "the heads do not divide"),
         (lambda x: xf.match_tokens(x, heads=2, prefix=1, r=4), "of 6 tokens, 4 cannot find a partner"),
+        (lambda x: xf.changed_tokens(x, x[..., :4], x[0, :, 0].long()), "disagree on the channels"),
+        (lambda x: xf.update_tokens(x, x[..., 0].long(), x[..., :4]), "disagree on the channels"),
         (lambda x: xf.rank_tokens(x[..., 0], prefix=1, r=7), "of 6 tokens, 7 cannot go"),
         (lambda x: xf.transform_tokens(x, x[..., 0], **MIX | {"neighbours": 0}), "one anchor at least"),
         (lambda x: xf.transform_tokens(x, x[..., 0], **MIX | {"r": 6}), "of 6 tokens, 6 cannot go"),

@@ -27,6 +27,7 @@ input %k: f32[batch,{length},32]
 input %k2: f32[batch,{length},16]
 input %scores: f32[batch,{length}]
 input %real: bool[batch,{length}]
+input %ranks: i64[9] below 9
 %sizes: f32[batch,{length}] = aten._to_copy(%real) {{dtype=f32}}
 return sizes=%sizes
 """
@@ -36,6 +37,8 @@ OPERATORS = (
     "restore_tokens",
     "select_tokens",
     "rank_tokens",
+    "changed_tokens",
+    "update_tokens",
     "attention_received",
     "transform_tokens",
 )
@@ -66,6 +69,9 @@ class Cases:
             self.returned += self.call(xf.select_tokens, x, kept)
             mixing = {"prefix": prefix, "neighbours": 2, "temperature": 0.2}
             self.returned += self.call(xf.transform_tokens, k, scores, own, **mixing, **gone, parts=2)
+        (changed,) = self.call(xf.changed_tokens, q, k, self.values["ranks"])
+        (rows,) = self.call(xf.select_tokens, q, changed)
+        self.returned += self.call(xf.update_tokens, k, changed, rows)
         for keys, kv_heads in ((k, 4), (k2, 2)):
             for mask, log_size, first in ((None, None, 1), (real, None, 0), (real, scores, 1), (None, scores, 0)):
                 heads = {"heads": 4, "kv_heads": kv_heads, "scale": 0.3, "first": first}
@@ -89,8 +95,10 @@ def exported(request: pytest.FixtureRequest) -> tuple[str, Exported]:
 def draw(program: Program, batch: int, length: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(batch + length)
     sizes = {"batch": batch, "length": length}
-    drawn = {}
+    drawn = {"ranks": torch.tensor([4, 0, 3, 1, 8, 2, 7, 5, 6])}
     for spec in program.inputs:
+        if spec.name in drawn:
+            continue
         shape = [sizes[s] if isinstance(s, str) else s for s in spec.shape]
         drawn[spec.name] = torch.randn(shape, generator=generator)
     real = torch.ones(batch, length, dtype=torch.bool)

@@ -94,8 +94,8 @@ def test_a_student_and_its_teacher_see_the_training_folds_only(monkeypatch: pyte
         return images[:96], labels[:96]
 
     monkeypatch.setattr(Digits, "training", training)
-    monkeypatch.setattr(digits_models, "_DEIT", digits_models._Lessons(1))
-    monkeypatch.setattr(digits_models, "_TEACHER", digits_models._Lessons(2))
+    monkeypatch.setattr(digits_models, "_DEIT", digits_models.Lessons(1))
+    monkeypatch.setattr(digits_models, "_TEACHER", digits_models.Lessons(2))
     module, steps = find_trained("digits-deit").fresh(), []
     before = {name: value.clone() for name, value in module.state_dict().items()}
     model = find_trained("digits-deit")

@@ -13,10 +13,10 @@ from torch.nn import functional
 from xformopt.analysis import cost
 from xformopt.capture.exporter import capture_module
 from xformopt.errors import DataError, PassError, UsageError
+from xformopt.kernels.patch_embedding.resize import resize_kernel, resize_matrix
 from xformopt.lowering import lower
 from xformopt.models.vit import ViT, ViTConfig
 from xformopt.passes import build_pass
-from xformopt.passes.tokens.resize_patches import resize_kernel, resize_matrix
 from xformopt.pipeline import Context, PassResult, Pipeline
 from xformopt.program import Program
 

@@ -108,6 +108,47 @@ def test_inputs_that_do_not_fit_are_refused(
     assert "\n" not in str(caught.value)
 
 
+DEFAULTS = """program "m" lifted
+dim batch in [1, inf]
+dim few in [1, 3]
+input %x: f32[batch,3]
+input %ranks: i64[few] below 3 default ascending
+input %past: f32[batch,3] default zeros
+%some: f32[batch,few] = aten.index_select(%x, 1, %ranks)
+%sum: f32[batch,3] = aten.add.Tensor(%x, %past)
+return some=%some, present=%sum
+"""
+
+
+def test_inputs_with_a_default_may_be_left_out() -> None:
+    program = Program.parse(DEFAULTS)
+    assert Program.parse(str(program)).inputs == program.inputs
+    x = torch.randn(2, 3)
+    found = program.run({"x": x})
+    # a dimension that only left-out inputs have is as large as it may be
+    assert program.bind({"x": x}) == {"batch": 2, "few": 3}
+    assert torch.equal(found["some"], x)
+    assert torch.equal(found["present"], x)
+    given = program.run({"x": x, "ranks": torch.tensor([2]), "past": torch.ones(2, 3)})
+    assert torch.equal(given["some"], x[:, 2:])
+    assert torch.equal(given["present"], x + 1)
+    with pytest.raises(DataError, match="'x' is missing"):
+        program.run({"past": torch.ones(2, 3)})
+    with pytest.raises(DataError, match="past must be"):
+        program.run({"x": x, "past": torch.ones(3, 3)})
+    assert program.fingerprint != Program.parse(DEFAULTS.replace(" default zeros", "")).fingerprint
+
+
+def test_one_dimension_more() -> None:
+    dims = Program.parse(DEFAULTS).dims
+    longer = dims.extended(Dim("more", 1, 9))
+    assert (dims.names, longer.names) == (("batch", "few"), ("batch", "few", "more"))
+    assert [str(size) for size in longer.shape(longer.fake(("batch", "more"), torch.float32))] == ["batch", "more"]
+    assert [str(size) for size in longer.shape(dims.fake(("batch", 4), torch.float32))] == ["batch", "4"]
+    with pytest.raises(ProgramError, match="a dimension 'few' already"):
+        dims.extended(Dim("few"))
+
+
 def test_fingerprint_ignores_names_paths_and_examples(program: Program) -> None:
     renamed = TEXT.replace("%h", "%hidden_1").replace("layer.0", "block.7").replace('"m"', '"n"')
     renamed = renamed.replace("%w", "%weight")

@@ -9,6 +9,7 @@ TESTED_APART = {
     "attention_weights",
     "block_parameter",
     "block_sparse_attention",
+    "changed_tokens",
     "delta_rule",
     "entmax_attention",
     "fake_quantize",
@@ -36,5 +37,6 @@ TESTED_APART = {
     "ternary_weight",
     "toeplitz_attention",
     "transform_tokens",
+    "update_tokens",
     "xca",
 }

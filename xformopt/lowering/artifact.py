@@ -109,13 +109,13 @@ class Artifact:
         return open_session(self.target, self.model_path, self.manifest, self.threads)
 
     def run(self, **arrays: npt.ArrayLike) -> dict[str, np.ndarray]:
-        """Run on named arrays and return the named outputs.
+        """Run on named arrays, defaults where they are left out, and return the named outputs.
 
         Raises:
             DataError: a missing or unknown input, a wrong dtype or rank, or sizes that do not fit the dimensions.
 
         """
-        given = {name: np.asarray(value) for name, value in arrays.items()}
+        given = _completed(self.manifest, {name: np.asarray(value) for name, value in arrays.items()})
         _check_inputs(self.manifest, given)
         found = self.session.run(given)
         return {name: found[name] for name in self.output_names}
@@ -247,6 +247,21 @@ def copy_extra(files: tuple[Path, ...], folder: Path) -> None:
         if (folder / file.name).exists() or file.name in (FILE_NAME, _PROGRAM):
             raise OutputError(f"{file} has the name of one of the artifact's own files. Rename it, or leave it out.")
         shutil.copyfile(file, folder / file.name)
+
+
+def _completed(manifest: Manifest, given: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Add the defaults of inputs that were left out; a dimension that only those have is as large as it may be."""
+    left_out = [spec for spec in manifest.inputs if spec.default is not None and spec.name not in given]
+    sizes = {dim.name: dim.high or dim.low for dim in manifest.dims}
+    for spec in manifest.inputs:
+        if spec.name in given:
+            sizes |= {str(size): have for size, have in zip(spec.shape, given[spec.name].shape, strict=False)}
+    found = dict(given)
+    for spec in left_out:
+        shape, dtype = [size if isinstance(size, int) else sizes[size] for size in spec.shape], _NUMPY[spec.dtype]
+        filled = np.zeros(shape) if spec.default == "zeros" else np.broadcast_to(np.arange(shape[-1]), shape)
+        found[spec.name] = filled.astype(dtype)
+    return found
 
 
 def _check_inputs(manifest: Manifest, given: Mapping[str, np.ndarray]) -> None:

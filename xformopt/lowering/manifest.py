@@ -66,12 +66,16 @@ class DimSpec(_Model):
 
 
 class InputSpec(_Model):
-    """An input; ``shape`` holds sizes and dimension names, ``bound`` the end of an integer input's range."""
+    """An input; ``shape`` holds sizes and dimension names, ``bound`` the end of an integer input's range.
+
+    An input with a ``default`` may be left out: it is then all zeros, or 0, 1, 2, ... along its last axis.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     bound: int | None = None
+    default: Literal["zeros", "ascending"] | None = None
 
 
 class OutputSpec(_Model):
@@ -154,7 +158,13 @@ def specs_of(program: Program) -> dict[str, Any]:
         )
     return {
         "inputs": tuple(
-            InputSpec(name=spec.name, dtype=DTYPE_NAMES[spec.dtype], shape=spec.shape, bound=spec.bound)
+            InputSpec(
+                name=spec.name,
+                dtype=DTYPE_NAMES[spec.dtype],
+                shape=spec.shape,
+                bound=spec.bound,
+                default=spec.default,
+            )
             for spec in program.inputs
         ),
         "outputs": tuple(outputs),

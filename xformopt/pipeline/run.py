@@ -297,13 +297,14 @@ class _Run:
     def _distance(
         self, reference: list[dict[str, torch.Tensor]], outputs: list[dict[str, torch.Tensor]] | None = None
     ) -> float:
-        """Return the worst relative L2 over outputs and cases, on valid positions."""
+        """Return the worst relative L2 over the captured program's outputs and all cases, on valid positions."""
         values = {
             spec.name: node.meta["val"] for spec, node in zip(self.program.outputs, self.program.results, strict=True)
         }
         worst = 0.0
         for case, wanted, have in zip(self.cases, reference, outputs or self.outputs, strict=True):
-            for name, fake in values.items():
+            for name in wanted:
+                fake = values[name]
                 valid = valid_positions(self.program, fake, case.inputs)
                 worst = max(worst, relative_l2(wanted[name], have[name], valid))
         return worst

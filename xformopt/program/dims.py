@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -55,6 +56,16 @@ class Dims:
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
         for index, dim in enumerate(self._dims.values()):
             self._add(dim, index)
+
+    def extended(self, dim: Dim) -> Dims:
+        """Return these dimensions and one more, in the same world: values known before keep their shapes."""
+        if dim.name in self:
+            raise ProgramError(f"There is a dimension {dim.name!r} already.")
+        longer = copy(self)
+        longer._dims, longer._sizes, longer._names = dict(self._dims), dict(self._sizes), dict(self._names)
+        longer._dims[dim.name] = dim
+        longer._add(dim, len(self))
+        return longer
 
     def _add(self, dim: Dim, index: int) -> None:
         hint = _HINTS[index % len(_HINTS)] + 60 * (index // len(_HINTS))

@@ -22,11 +22,12 @@ def interpret(
     *,
     observe: Callable[[fx.Node, Any], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run ``program`` on named inputs and return its named outputs.
+    """Run ``program`` on named inputs, defaults where they are left out, and return its named outputs.
 
     Values are freed after their last reader.  ``observe`` is called with every node and its value as it is computed.
     """
     values: dict[fx.Node, Any] = {}
+    inputs = program.completed(inputs)
     waiting = {node: len(node.users) for node in program.graph.nodes}
     with torch.no_grad():
         for node in program.graph.nodes:

@@ -13,7 +13,7 @@ from torch import fx
 from xformopt.errors import ProgramError
 from xformopt.program.dims import Dim, Dims
 from xformopt.program.interpret import infer_value
-from xformopt.program.program import Input, Level, Output, Program
+from xformopt.program.program import Default, Input, Level, Output, Program
 from xformopt.program.text import BUILTINS, DTYPE_NAMES, format_type
 
 __all__ = ["Parser"]
@@ -23,7 +23,10 @@ _LAYOUTS = {"torch.strided": torch.strided}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last)}
 _HEADER = re.compile(r'program "(?P<name>[^"]*)" (?P<level>\w+)')
 _DIM = re.compile(r"dim (?P<name>\w+) in \[(?P<low>\d+), (?P<high>\d+|inf)\]")
-_INPUT = re.compile(r"input %(?P<name>[\w.]+): (?P<type>\S+)(?: below (?P<bound>\d+))?")
+_INPUT = re.compile(
+    r"input %(?P<name>[\w.]+): (?P<type>\S+)(?: below (?P<bound>\d+))?(?: default (?P<default>zeros|ascending))?"
+)
+_DEFAULTS: dict[str, Default] = {"zeros": "zeros", "ascending": "ascending"}
 _PARAM = re.compile(r"param %(?P<name>[\w.]+): (?P<type>\S+)")
 _TYPE = re.compile(r"(?P<dtype>\w+)\[(?P<shape>[^\]]*)\]")
 _NODE = re.compile(r"%(?P<name>[\w.]+): (?P<type>.+?) = (?P<target>[\w.]+)\((?P<rest>.*)")
@@ -110,7 +113,8 @@ class Parser:
         if not (found := _INPUT.fullmatch(line)):
             raise self._fail("an input must read 'input %NAME: TYPE'")
         dtype, shape = self._type(found["type"])
-        spec = Input(found["name"], dtype, shape, int(found["bound"]) if found["bound"] else None)
+        bound = int(found["bound"]) if found["bound"] else None
+        spec = Input(found["name"], dtype, shape, bound, _DEFAULTS.get(found["default"]))
         node = self.built.graph.placeholder(spec.name)
         node.meta["val"] = self.built.dims.fake(shape, dtype)
         self.built.inputs += (spec,)

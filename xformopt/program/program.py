@@ -6,6 +6,7 @@ import enum
 import hashlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import fx
@@ -14,7 +15,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xformopt.errors import DataError, ProgramError
 from xformopt.program.dims import Dims, Shape
 
-__all__ = ["Input", "Level", "Output", "Program", "path_of", "shape_of", "value_of"]
+__all__ = ["Default", "Input", "Level", "Output", "Program", "path_of", "shape_of", "value_of"]
+
+# what an input holds that is left out: nothing but zeros, or 0, 1, 2, ... along its last axis
+Default: TypeAlias = Literal["zeros", "ascending"]
 
 
 class Level(enum.StrEnum):
@@ -27,12 +31,16 @@ class Level(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Input:
-    """One input: ``shape`` holds sizes and dimension names; integers lie in ``[0, bound)`` where one is known."""
+    """One input: ``shape`` holds sizes and dimension names; integers lie in ``[0, bound)`` where one is known.
+
+    An input with a ``default`` may be left out; a dimension that only such inputs have is then as large as it may be.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
     bound: int | None = None
+    default: Default | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ class Program:
             DataError: a missing or unknown input, a wrong dtype or rank, or sizes that contradict each other.
 
         """
-        if missing := [name for name in self.input_names if name not in inputs]:
+        if missing := [spec.name for spec in self.inputs if spec.name not in inputs and spec.default is None]:
             raise DataError(
                 f"Input {missing[0]!r} is missing: the program takes {', '.join(self.input_names)}; "
                 f"given: {', '.join(inputs) or 'nothing'}."
@@ -151,8 +159,37 @@ class Program:
             raise DataError(f"There is no input {unknown[0]!r}: the program takes {', '.join(self.input_names)}.")
         sizes: dict[str, int] = {}
         for spec in self.inputs:
-            self._bind_one(spec, inputs[spec.name], sizes)
+            if spec.name in inputs:
+                self._bind_one(spec, inputs[spec.name], sizes)
+        for spec in self.inputs:
+            for size in spec.shape:
+                if isinstance(size, str):
+                    sizes.setdefault(size, self._most(size))
         return sizes
+
+    def completed(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Return ``inputs`` with the defaults of those that were left out."""
+        left_out = [spec for spec in self.inputs if spec.default is not None and spec.name not in inputs]
+        if not left_out:
+            return inputs
+        sizes = {
+            size: have
+            for spec in self.inputs
+            if spec.name in inputs
+            for size, have in zip(spec.shape, inputs[spec.name].shape, strict=True)
+            if isinstance(size, str)
+        }
+        return {**inputs, **{spec.name: self._default(spec, sizes) for spec in left_out}}
+
+    def _default(self, spec: Input, sizes: Mapping[str, int]) -> torch.Tensor:
+        shape = [size if isinstance(size, int) else sizes.get(size, self._most(size)) for size in spec.shape]
+        if spec.default == "zeros":
+            return torch.zeros(shape, dtype=spec.dtype)
+        return torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()
+
+    def _most(self, name: str) -> int:
+        dim = self.dims[name]
+        return dim.low if dim.high is None else dim.high
 
     def _bind_one(self, spec: Input, value: torch.Tensor, sizes: dict[str, int]) -> None:
         expected = f"{spec.name} must be {_dtype_name(spec.dtype)}[{', '.join(map(str, spec.shape))}]"

@@ -88,7 +88,8 @@ def format_program(program: Program) -> str:
     lines += [f"dim {program.dims[name]}" for name in program.dims.names]
     for spec in program.inputs:
         bound = "" if spec.bound is None else f" below {spec.bound}"
-        lines.append(f"input %{spec.name}: {_format_spec(spec.dtype, spec.shape)}{bound}")
+        default = "" if spec.default is None else f" default {spec.default}"
+        lines.append(f"input %{spec.name}: {_format_spec(spec.dtype, spec.shape)}{bound}{default}")
     names = value_names(program)
     for name, value in program.parameters.items():
         lines.append(f"param %{name}: {_format_spec(value.dtype, tuple(value.shape))}")
@@ -152,7 +153,10 @@ def canonical_text(program: Program) -> tuple[str, list[str]]:
     """Return the text with values numbered and comments dropped, and the parameters in order of first use."""
     names: dict[fx.Node, str] = {}
     parameters: list[str] = []
-    lines = [str(program.level), *(f"{spec.dtype} {spec.shape}" for spec in program.inputs)]
+    lines = [
+        str(program.level),
+        *(f"{spec.dtype} {spec.shape} {spec.default or ''}".rstrip() for spec in program.inputs),
+    ]
     lines += [str(Dim("", program.dims[name].low, program.dims[name].high)) for name in program.dims.names]
     for spec, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True):
         names[node] = f"i{len(names)}.{spec.name}"
