@@ -11,7 +11,7 @@ from xformopt.kernels.onnx_form import Builder
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Weighted", "distances", "hide", "mean_of", "weighted"]
+__all__ = ["Weighted", "bounded", "distances", "hide", "lowest", "mean_of", "weighted"]
 
 # by the bytes of a number: far below any logit, and what the largest logit of a row counts as at least
 _HIDDEN = {2: -6.0e4, 4: -1.0e30, 8: -1.0e30}
@@ -39,13 +39,23 @@ def hide(b: Builder, logits: ir.Value, visible: ir.Value, like: ir.Value) -> ir.
     return b.op("Add", logits, b.op("Where", visible, b.scalar(0.0, like), hidden))
 
 
+def bounded(b: Builder, bias: ir.Value, like: ir.Value) -> ir.Value:
+    """Return a bias without minus infinity: a whole row of that has no softmax."""
+    return b.op("Max", bias, b.scalar(_HIDDEN[_bytes(like)], like))
+
+
+def lowest(b: Builder, like: ir.Value) -> ir.Value:
+    """Return what the largest logit of a row counts as at least, above every logit that is hidden."""
+    return b.scalar(_LOWEST[_bytes(like)], like)
+
+
 def weighted(b: Builder, logits: ir.Value, values: ir.Value, like: ir.Value) -> Weighted:
     """Return the sums over the last axis of hidden logits ``[..., K]`` with values ``[..., K, E]``.
 
     A row in which every logit is hidden weighs nothing.
     """
     last = b.constant([-1], np.int64)
-    peak = b.op("Max", b.op("ReduceMax", logits, last, keepdims=1), b.scalar(_LOWEST[_bytes(like)], like))
+    peak = b.op("Max", b.op("ReduceMax", logits, last, keepdims=1), lowest(b, like))
     weights = b.op("Exp", b.op("Sub", logits, peak))
     return Weighted(b.op("MatMul", weights, values), b.op("ReduceSum", weights, last, keepdims=1), peak)
 

@@ -17,11 +17,13 @@ def _infer(
     k: torch.Tensor,
     v: torch.Tensor,
     block_mask: torch.Tensor,
-    *_: Any,
+    key_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
     heads: int,
     block: int,
     causal: bool = False,
-    **__: Any,
+    **_: Any,
 ) -> torch.Tensor:
     torch._check(q.shape[2] == k.shape[2], lambda: "q and k disagree on the head width")
     torch._check(block_mask.dtype == torch.bool, lambda: "the block mask must be bool")
@@ -29,6 +31,10 @@ def _infer(
     torch._check(q.shape[1] <= block_mask.shape[1] * block, lambda: "there are more queries than the block mask covers")
     torch._check(k.shape[1] <= block_mask.shape[2] * block, lambda: "there are more keys than the block mask covers")
     torch._check(not causal or q.shape[1] == k.shape[1], lambda: "causal attention has one key for each query")
+    if bias is not None:
+        torch._check(bias.dim() == 4, lambda: "the bias must have four axes: batch, heads, queries, keys")
+        torch._check(bias.shape[2] == q.shape[1], lambda: "the bias and q disagree on the queries")
+        torch._check(bias.shape[3] == k.shape[1], lambda: "the bias and k disagree on the keys")
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
@@ -52,8 +58,8 @@ def _flops(
 OPERATOR = Operator(
     name="block_sparse_attention",
     schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor block_mask, Tensor? key_mask=None, *, int heads, float scale, "
-        "int block, bool causal=False) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor block_mask, Tensor? key_mask=None, Tensor? bias=None, *, "
+        "int heads, float scale, int block, bool causal=False) -> Tensor"
     ),
     reference=block_sparse_attention,
     infer=_infer,

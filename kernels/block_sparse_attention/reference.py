@@ -16,13 +16,14 @@ def block_sparse_attention(
     v: torch.Tensor,
     block_mask: torch.Tensor,
     key_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     *,
     heads: int,
     scale: float,
     block: int,
     causal: bool = False,
 ) -> torch.Tensor:
-    """``softmax(scale q k^T) v`` per head over the blocks a mask allows (Child et al., arXiv 1904.10509).
+    """``softmax(scale q k^T + bias) v`` per head over the blocks a mask allows (Child et al., arXiv 1904.10509).
 
     Args:
         q: Queries, ``[B, T, heads * D]``.
@@ -32,6 +33,7 @@ def block_sparse_attention(
             ``i // block``, key j in column ``j // block``.  ``T <= N * block`` and ``S <= M * block``; the last block
             that is used may be incomplete.
         key_mask: Which keys exist, ``[B, S]`` bool (True: attend).
+        bias: Added to the scaled logits, ``[1 or B, 1 or heads, T, S]``.
         heads: Number of heads.
         scale: Factor of the logits.
         block: Tokens of a block.
@@ -48,4 +50,7 @@ def block_sparse_attention(
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     q, k, v = (split_heads(x, heads) for x in (q * scale, k, v))
-    return join_heads(masked_softmax(q @ k.transpose(-1, -2), visible) @ v)
+    logits = q @ k.transpose(-1, -2)
+    if bias is not None:
+        logits = logits + bias
+    return join_heads(masked_softmax(logits, visible) @ v)

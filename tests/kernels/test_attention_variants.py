@@ -98,6 +98,13 @@ CASES = [
         4 * 10 * 9 * (D + E),
         {**WINDOW, "block": 3, "causal": True},
     ),
+    Case(
+        "block_sparse_attention",
+        lambda: (*qkv(8, S=7), BLOCKS, None, randn(1, HEADS, 8, 7)),
+        block_sparse,
+        4 * 7 * 9 * (D + E),
+        {**WINDOW, "block": 3},
+    ),
     *(
         Case(
             "entmax_attention",
@@ -338,6 +345,12 @@ QKV = ((1, 5, 6), (1, 5, 6), (1, 5, 6))
         (
             lambda: xf.block_sparse_attention(*fake(*QKV, (1, 3, 3)), heads=2, scale=1.0, block=2),
             "the block mask must be bool",
+        ),
+        (
+            lambda: xf.block_sparse_attention(
+                *fake(*QKV), fake((1, 3, 3))[0].bool(), None, *fake((1, 2, 4, 5)), heads=2, scale=1.0, block=2
+            ),
+            "the bias and q disagree on the queries",
         ),
         (lambda: xf.entmax_attention(*fake(*QKV), heads=2, scale=1.0, alpha=1.0), "alpha must be above 1"),
         (

@@ -23,6 +23,7 @@ TESTED_APART = {
     "manhattan_attention",
     "match_tokens",
     "merge_tokens",
+    "mra_attention",
     "prefix_scan_attention",
     "rank_tokens",
     "restore_tokens",

@@ -29,15 +29,19 @@ def by_loops(
     sees: Callable[[int, int, int, int], bool],
     scale: float,
     weigh: Callable[[list[float]], list[float]] = softmax,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One query of one head at a time over the keys it ``sees(batch, head, query, key)``."""
+    """One query of one head at a time over the keys it ``sees(batch, head, query, key)``; a bias has no batch."""
     out = torch.zeros(q.shape[0], q.shape[1], HEADS * E, dtype=DOUBLE)
     for b in range(q.shape[0]):
         for h in range(HEADS):
             for i in range(q.shape[1]):
                 keys = [j for j in range(k.shape[1]) if sees(b, h, i, j)]
                 query = q[b, i, h * D : (h + 1) * D]
-                weights = weigh([scale * float(query @ k[b, j, h * D : (h + 1) * D]) for j in keys]) if keys else []
+                logits = [scale * float(query @ k[b, j, h * D : (h + 1) * D]) for j in keys]
+                if bias is not None:
+                    logits = [x + float(bias[0, h, i, j]) for x, j in zip(logits, keys, strict=True)]
+                weights = weigh(logits) if keys else []
                 for j, weight in zip(keys, weights, strict=True):
                     out[b, i, h * E : (h + 1) * E] += weight * v[b, j, h * E : (h + 1) * E]
     return out
@@ -92,6 +96,7 @@ def block_sparse(
     v: torch.Tensor,
     blocks: torch.Tensor,
     mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     *,
     heads: int,
     scale: float,
@@ -102,7 +107,59 @@ def block_sparse(
         exists = mask is None or bool(mask[b, j])
         return exists and bool(blocks[h % len(blocks), i // block, j // block]) and (j <= i or not causal)
 
-    return by_loops(q, k, v, sees, scale)
+    return by_loops(q, k, v, sees, scale, bias=bias)
+
+
+def multi_resolution(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    heads: int,
+    scale: float,
+    block: int,
+    keep: float,
+    causal: bool = False,
+    coarse: bool = True,
+) -> torch.Tensor:
+    """One head at a time: rank the blocks, then weigh the keys of each query one by one; a bias has no batch."""
+    T = q.shape[1]
+    out = torch.zeros_like(v)
+    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(heads)):
+        mine, theirs = q[b, :, h * D : h * D + D], k[b, :, h * D : h * D + D]
+        values = v[b, :, h * E : h * E + E]
+        whole = [[t for t in range(n, min(n + block, T)) if mask is None or mask[b, t]] for n in range(0, T, block)]
+        N = len(whole)
+
+        def logit(i: int, j: int, mine: Any = mine, theirs: Any = theirs, h: int = h) -> float:
+            return scale * float(mine[i] @ theirs[j]) + (
+                0.0 if bias is None else float(bias[0, h % bias.shape[1], i, j])
+            )
+
+        def coarse_logit(n: int, m: int, whole: Any = whole, logit: Any = logit) -> float:
+            """The logit is linear in q and in k, so that of the means is the mean."""
+            found = [logit(i, j) for i in whole[n] for j in whole[m]]
+            return sum(found) / len(found) if found else 0.0
+
+        seen = [(n, m) for n in range(N) for m in range(N) if whole[m] and (m <= n or not causal)]
+        others = sorted((nm for nm in seen if nm[0] != nm[1] and whole[nm[0]]), key=lambda nm: -coarse_logit(*nm))
+        total = N * (N + 1) // 2 if causal else N * N
+        room = max(N, math.ceil(keep * total)) - N
+        exact = {(n, n) for n in range(N)} | set(others[:room])
+        for i in range(T):
+            weights: dict[int, float] = {}
+            for m in (m for n, m in seen if n == i // block):
+                for j in whole[m]:
+                    if (i // block, m) in exact:
+                        if j <= i or not causal:
+                            weights[j] = math.exp(logit(i, j))
+                    elif coarse:
+                        weights[j] = math.exp(coarse_logit(i // block, m))
+            for j, weight in weights.items():
+                out[b, i, h * E : h * E + E] += weight / sum(weights.values()) * values[j]
+    return out
 
 
 def entmax_weights(alpha: float) -> Callable[[list[float]], list[float]]:
