@@ -76,11 +76,14 @@ def test_it_recovers_on_data_it_has_not_seen(
 def test_the_pipeline_hands_on_what_it_began_with(encoder: Program, batches: list[Batch]) -> None:
     first = "prune-units{remove=0.3,importance=magnitude,reconstruct=false}"
     texts = (first, "recover-accuracy{iterations=40,learning_rate=2e-3}")
-    result = Pipeline([parse_pass(text) for text in texts]).run(encoder, batches)
-    _, record = result.history
+    pipeline = Pipeline([parse_pass(text) for text in texts], keep_if_faster=True)
+    result = pipeline.run(encoder, batches, measure=lambda before, after: (1.1, 1.2))
+    pruned, record = result.history
+    assert pruned.speedup == (1.1, 1.2)
     assert record.changed
     assert record.effect == "tuned"
     assert any("agreement with the original" in note for note in record.notes)
+    assert record.speedup is None
     found = lower(result.program, measure=False).run(**{name: value.numpy() for name, value in batches[0].items()})
     assert distance(result.program.run(batches[0])["logits"], torch.from_numpy(found["logits"])) < 1e-5
     other = Pipeline([parse_pass("recover-accuracy{iterations=5}")]).run(encoder, batches, original=result.program)
