@@ -68,12 +68,16 @@ class ParallelizeLayers(Pass):
         """Choose pairs one after the other, then merge and measure."""
         require_calibration(context.calibration)
         layers = require_layers(program, 2, "to put side by side")
-        if (wanted := self.pairs or len(layers) // 2) > len(layers) // 2:
+        sublayers = _sublayers_of(program, layers)
+        pairs = [pair for pair in pairwise(layers) if _are_alike(pair, sublayers)]
+        most = _most_disjoint(pairs)
+        if not most or self.pairs > most:
             raise PassError(
-                f"The budget cannot be met: {wanted} pairs of layers are to stand side by side, and the program "
-                f"{program.name!r} has {len(layers)} layers. At best, {len(layers) // 2} pairs do."
+                f"The budget cannot be met: {self.pairs or 'some'} pairs of layers are to stand side by side. Looked "
+                f"for consecutive layers with the same kinds of residual branches and nothing between them; of the "
+                f"{len(layers)} layers of the program {program.name!r}, at best, {most} pairs do."
             )
-        chosen = self._choose(program, layers, wanted, context)
+        chosen = self._choose(program, layers, pairs, self.pairs or most, context)
         result, _ = _side_by_side(program, layers, [pair for pair, _ in chosen])
         notes = [f"side by side: {one.name} and {two.name} (turn {turn:.3g})" for (one, two), turn in chosen]
         if self.merge:
@@ -84,25 +88,34 @@ class ParallelizeLayers(Pass):
         return PassResult(result, True, (), (), (*notes, _gain(program, result, context)))
 
     def _choose(
-        self, program: Program, layers: Sequence[Layer], wanted: int, context: Context
+        self, program: Program, layers: Sequence[Layer], pairs: Sequence[_Pair], wanted: int, context: Context
     ) -> list[tuple[_Pair, float]]:
-        """Return disjoint pairs of neighbours with how far each turned the last hidden state, beside those before."""
-        sublayers = _sublayers_of(program, layers)
-        left = [pair for pair in pairwise(layers) if _are_alike(pair, sublayers)]
+        """Return disjoint pairs with how far each turned the last hidden state, beside those before."""
+        left = list(pairs)
         chosen: list[tuple[_Pair, float]] = []
         while len(chosen) < wanted:
-            if not left:
-                raise PassError(
-                    f"The budget cannot be met: {wanted} pairs of consecutive layers are to stand side by side, each "
-                    f"of as many branches as the other and with nothing between them. At best, {len(chosen)} pairs do."
-                )
             context.progress("trying pairs of layers", len(chosen), wanted)
             before = [pair for pair, _ in chosen]
-            turns = {pair: _turn(program, layers, [*before, pair], context) for pair in left}
+            # one that leaves too few for the rest is not tried
+            allowed = [p for p in left if 1 + _most_disjoint(_apart_from(left, p)) >= wanted - len(chosen)]
+            turns = {pair: _turn(program, layers, [*before, pair], context) for pair in allowed}
             best = min(turns, key=turns.__getitem__)
             chosen.append((best, turns[best]))
-            left = [pair for pair in left if not set(pair) & set(best)]
+            left = _apart_from(left, best)
         return sorted(chosen, key=lambda entry: layers.index(entry[0][0]))
+
+
+def _apart_from(pairs: Sequence[_Pair], chosen: _Pair) -> list[_Pair]:
+    return [pair for pair in pairs if not set(pair) & set(chosen)]
+
+
+def _most_disjoint(pairs: Sequence[_Pair]) -> int:
+    """Return how many of some pairs of neighbours, in their order, can be chosen at once."""
+    count, last = 0, None
+    for one, two in pairs:
+        if one != last:
+            count, last = count + 1, two
+    return count
 
 
 def _turn(program: Program, layers: Sequence[Layer], pairs: Sequence[_Pair], context: Context) -> float:
