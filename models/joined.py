@@ -70,11 +70,12 @@ class JoinedAttention(Joined):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` to the same shape."""
         q, k, v = (self.blend([linear(x) for linear in kind]) for kind in (self.query, self.key, self.value))
-        attended = [
-            functional.scaled_dot_product_attention(*(split_heads(part, self.heads) for part in parts))
-            for parts in zip(q, k, v, strict=True)
-        ]
-        return _leave(self.output, [merge_heads(part) for part in attended])
+        attended = [self._attend(*parts) for parts in zip(q, k, v, strict=True)]
+        return _leave(self.output, attended)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in (q, k, v))  # [B, H, T, D]
+        return merge_heads(functional.scaled_dot_product_attention(q, k, v))
 
 
 class JoinedBlock(nn.Module):

@@ -164,6 +164,7 @@ def test_macro_influence_by_hand(plain: tuple[ViT, Program], batches: list[Batch
         assert found[layer] == pytest.approx(1 - float(torch.stack(cosines).mean()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_layer_of_least_influence_goes(plain: tuple[ViT, Program], batches: list[Batch]) -> None:
     _, program = plain
     influence = macro_influence(program, find_layers(program), batches)
@@ -206,6 +207,7 @@ def test_a_fused_weight_takes_over_part_of_the_removed_one() -> None:
     assert distance(wanted, variable.result()) < 1e-6
 
 
+@pytest.mark.slow
 def test_fused_layers_do_more_than_the_rest_alone(plain: tuple[ViT, Program], batches: list[Batch]) -> None:
     _, program = plain
     removed = run("remove-layers", program, batches).program
@@ -254,6 +256,7 @@ def test_layers_side_by_side(plain: tuple[ViT, Program], batches: list[Batch]) -
     assert_artifact_agrees(merged.program, batches[0])
 
 
+@pytest.mark.slow
 def test_what_layers_side_by_side_gain_is_measured(plain: tuple[ViT, Program], batches: list[Batch]) -> None:
     _, program = plain
     step = build_pass("parallelize-layers", {"pairs": 1})
@@ -290,6 +293,7 @@ def test_the_shared_weight_is_stored_once(plain: tuple[ViT, Program], batches: l
     assert "since a loop runs every layer" in result.history[0].notes[0]
 
 
+@pytest.mark.slow
 def test_training_brings_shared_layers_nearer(plain: tuple[ViT, Program], batches: list[Batch]) -> None:
     _, program = plain
     found = [run("share-layers", program, batches, rank=2, iterations=steps).program for steps in (0, 60)]
