@@ -80,12 +80,12 @@ def _merge_branches(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
     layers = [layer for layer in linears if isinstance(layer, LinearParts)]
     if len(linears) < 2:
         return None
-    if group := _largest(layers, lambda layer: operand(layer.node)):
-        return _rest(editor, terms, [layer.node for layer in group], _added(editor, group))
+    if same := _largest(layers, lambda layer: operand(layer.node)):
+        return _rest(editor, terms, [layer.node for layer in same], _added(editor, same))
     found = [read_branch(editor, layer) for layer in layers]
     branches = [branch for branch in found if isinstance(branch, Branch)]
-    if group := _largest(branches, lambda branch: tuple(branch.form.items())):
-        return _rest(editor, terms, [branch.last.node for branch in group], _concatenated(editor, group))
+    if alike := _largest(branches, lambda branch: tuple(branch.form.items())):
+        return _rest(editor, terms, [branch.last.node for branch in alike], _concatenated(editor, alike))
     if refused := [part for part in (*linears, *found) if isinstance(part, Reject)]:
         return refused[0]
     if len(branches) < 2:

@@ -83,10 +83,9 @@ def remove_layers(program: Program, removed: Iterable[Layer]) -> Program:
 def hidden_state(program: Program, layers: Iterable[Layer]) -> str:
     """Return the name of the last hidden state: the norm behind the last layer, or that layer's result."""
     *_, last = layers
-    node = next(node for node in program.graph.nodes if node.name == last.result)
-    readers = list(node.users)
-    is_normed = len(readers) == 1 and is_call(readers[0], xf.layer_norm, xf.rms_norm)
-    return readers[0].name if is_normed else node.name
+    result = next(node for node in program.nodes() if node.name == last.result)
+    behind, *others = result.users
+    return behind.name if not others and is_call(behind, xf.layer_norm, xf.rms_norm) else result.name
 
 
 def layer_linears(program: Program, layer: Layer) -> list[fx.Node]:
