@@ -22,8 +22,14 @@ import torch
 
 from xformopt.analysis import cost
 from xformopt.match import operand
-from xformopt.passes.depth.remove_layers import refuse_too_many
-from xformopt.passes.depth.support.layers import Layer, find_layers, hidden_state, layer_linears, remove_layers
+from xformopt.passes.depth.support.layers import (
+    Layer,
+    find_layers,
+    hidden_state,
+    layer_linears,
+    refuse_too_many,
+    remove_layers,
+)
 from xformopt.passes.depth.support.macro_influence import macro_influence, require_calibration
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program

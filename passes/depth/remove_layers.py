@@ -17,12 +17,12 @@ from typing import ClassVar
 
 from xformopt.analysis import cost
 from xformopt.errors import PassError
-from xformopt.passes.depth.support.layers import Layer, find_layers, remove_layers, require_layers
+from xformopt.passes.depth.support.layers import Layer, find_layers, refuse_too_many, remove_layers
 from xformopt.passes.depth.support.macro_influence import macro_influence, require_calibration
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program
 
-__all__ = ["RemoveLayers", "refuse_too_many"]
+__all__ = ["RemoveLayers"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,3 @@ class RemoveLayers(Pass):
             f"parameters: {1 - after.parameters / before.parameters:.1%} removed",
         )
         return PassResult(result, True, (), (), notes)
-
-
-def refuse_too_many(what: str, program: Program, wanted: int) -> None:
-    """Raise PassError where so many layers cannot go, since one at least has to stay."""
-    layers = require_layers(program, 2, f"for {what}")
-    if wanted >= len(layers):
-        raise PassError(
-            f"The budget cannot be met: {wanted} layers are to go, and the program {program.name!r} has "
-            f"{len(layers)}, of which one stays. At best, {len(layers) - 1} go."
-        )

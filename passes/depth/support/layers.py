@@ -13,7 +13,15 @@ from xformopt.match import is_call, xf
 from xformopt.program import Program, shape_of
 from xformopt.reconstruction import Block, cut_blocks
 
-__all__ = ["Layer", "find_layers", "hidden_state", "layer_linears", "remove_layers", "require_layers"]
+__all__ = [
+    "Layer",
+    "find_layers",
+    "hidden_state",
+    "layer_linears",
+    "refuse_too_many",
+    "remove_layers",
+    "require_layers",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,16 @@ def require_layers(program: Program, least: int, what: str) -> list[Layer]:
         f"{': ' + ', '.join(layer.name for layer in layers) if layers else ''}. Run the pass before those that fuse "
         f"sums with norms."
     )
+
+
+def refuse_too_many(what: str, program: Program, wanted: int) -> None:
+    """Raise PassError where so many layers cannot go, since one at least has to stay."""
+    layers = require_layers(program, 2, f"for {what}")
+    if wanted >= len(layers):
+        raise PassError(
+            f"The budget cannot be met: {wanted} layers are to go, and the program {program.name!r} has "
+            f"{len(layers)}, of which one stays. At best, {len(layers) - 1} go."
+        )
 
 
 def remove_layers(program: Program, removed: Iterable[Layer]) -> Program:
