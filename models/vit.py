@@ -7,6 +7,8 @@ front, learned positions are added, and pre-norm transformer blocks follow.  Var
   trained on a teacher's labels; at inference the two classifiers are averaged.
 - Parallel (Touvron et al., "Three things everyone should know about Vision Transformers", arXiv 2203.09795):
   ``x + attn_1(x) + attn_2(x)``, then ``x + mlp_1(x) + mlp_2(x)``, each branch with its own norm.
+- Joined (Zhou et al., "Rethinking Vision Transformer Depth via Structural Reparameterization", arXiv 2511.19718):
+  parallel branches that training joins at their nonlinearities; see ``joined.py``.
 - Dual PatchNorm (Kumar et al., arXiv 2302.01327): LayerNorm on the raw patches and again on their embeddings.
 """
 
@@ -23,6 +25,7 @@ from xformopt.models.architecture import Architecture
 from xformopt.models.backbone import Isotropic
 from xformopt.models.blocks import Attention, Block, Mlp, PatchEmbedding, draw_weights, position_parameter
 from xformopt.models.examples import example_images
+from xformopt.models.joined import JoinedBlock
 
 __all__ = ["ARCHITECTURES", "ViT", "ViTConfig"]
 
@@ -43,6 +46,7 @@ class ViTConfig:
         mlp_ratio: Hidden width of the MLP over ``width``.
         distillation: Whether there is a distillation token (needs ``pool="token"``).
         branches: Parallel attention, and parallel MLP, branches of a block.
+        joined: Whether the branches of a block are joined at their nonlinearities.
         patch_norm: Whether patches are normalized before and after their embedding.
 
     """
@@ -58,6 +62,7 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     distillation: bool = False
     branches: int = 1
+    joined: bool = False
     patch_norm: bool = False
 
     @property
@@ -117,9 +122,8 @@ class ViT(nn.Module):
         self.prefix = position_parameter(config.prefix, width) if config.prefix else None
         self.positions = position_parameter(config.prefix + config.patches, width)
         if config.branches > 1:
-            blocks: list[nn.Module] = [
-                ParallelBlock(width, config.heads, hidden, config.branches) for _ in range(config.depth)
-            ]
+            kind = JoinedBlock if config.joined else ParallelBlock
+            blocks: list[nn.Module] = [kind(width, config.heads, hidden, config.branches) for _ in range(config.depth)]
         else:
             blocks = [Block(width, Attention(width, config.heads), Mlp(width, hidden)) for _ in range(config.depth)]
         self.backbone = Isotropic(blocks, nn.LayerNorm(width))
@@ -153,6 +157,7 @@ class ViT(nn.Module):
 _VIT = "Dosovitskiy et al. 2020, An Image is Worth 16x16 Words, arXiv 2010.11929"
 _DEIT = "Touvron et al. 2020, Training data-efficient image transformers, arXiv 2012.12877"
 _THREE_THINGS = "Touvron et al. 2022, Three things everyone should know about Vision Transformers, arXiv 2203.09795"
+_JOINED = "Zhou et al. 2025, Rethinking Vision Transformer Depth via Structural Reparameterization, arXiv 2511.19718"
 _DUAL = "Kumar et al. 2023, Dual PatchNorm, arXiv 2302.01327"
 
 ARCHITECTURES = (
@@ -186,6 +191,12 @@ ARCHITECTURES = (
         lambda: ViT(ViTConfig(branches=2, depth=2)),
         (_THREE_THINGS, _VIT),
         "ViT with two attention and two MLP branches a block, 0.8 M parameters",
+    ),
+    Architecture(
+        "vit-joined",
+        lambda: ViT(ViTConfig(branches=2, depth=2, joined=True)),
+        (_JOINED, _VIT),
+        "ViT with two attention and two MLP branches a block, joined at their nonlinearities, 0.8 M parameters",
     ),
     Architecture(
         "vit-dual-patchnorm",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from xformopt.models.blocks import conv_norm
+from xformopt.models.joined import join_branches
 from xformopt.models.pvt import Pvt, PvtConfig
 from xformopt.models.tasks.digits import DEVIATION, MEAN, SIZE, Digits
 from xformopt.models.tasks.task import Progress
@@ -45,7 +46,10 @@ _BATCH = 32
 _VIT, _DEIT = Lessons(40, warmup=0.2), Lessons(30, rate=1.5e-3, warmup=0.2)
 _PVT, _TEACHER = Lessons(30, rate=2e-3), Lessons(10, rate=2e-3)
 _TEACHER_SEED = 0
+_JOINED = Lessons(40, rate=1.5e-3, warmup=0.2)
 _SMOOTHING = 0.05
+# between which shares of the steps branches are joined
+_JOINING = (0.1, 0.6)
 # how far an image is distorted at most: radians, share of the size, share of the size, share of half the side
 _TURN, _GROWTH, _SHEAR, _SHIFT = math.radians(15), 0.12, 0.15, 0.12
 
@@ -65,6 +69,24 @@ def _vit(depth: int, distillation: bool) -> nn.Module:
             mlp_ratio=2,
             classes=10,
             distillation=distillation,
+        )
+    )
+
+
+def _joined(depth: int) -> nn.Module:
+    """Twelve layers, as ``depth`` blocks of parallel branches."""
+    return ViT(
+        ViTConfig(
+            image_size=SIZE,
+            in_channels=1,
+            patch=4,
+            width=48,
+            depth=depth,
+            heads=3,
+            mlp_ratio=2,
+            classes=10,
+            branches=12 // depth,
+            joined=True,
         )
     )
 
@@ -106,6 +128,21 @@ def _train(module: nn.Module, fold: int, progress: Progress, lessons: Lessons) -
     learn(module, fold, cost, lessons, progress)
 
 
+def _join(module: nn.Module, fold: int, progress: Progress) -> None:
+    """Cross-entropy, while the branches of every block are joined (Zhou et al., arXiv 2511.19718): ``lambda`` rises
+    linearly from 0 to 1 and stays there.
+    """
+
+    def cost(module: nn.Module, shown: torch.Tensor, labels: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        return smoothed(module(shown)["logits"], labels)
+
+    def begin(done: float) -> None:
+        first, last = _JOINING
+        join_branches(module, min(max((done - first) / (last - first), 0.0), 1.0))
+
+    learn(module, fold, cost, _JOINED, progress, begin)
+
+
 def _distill(module: nn.Module, fold: int, progress: Progress) -> None:
     """Hard-label distillation (Touvron et al., arXiv 2012.12877, equation 3): half the cross-entropy of the class token
     with the labels, half that of the distillation token with what a teacher decides on the same distorted images; the
@@ -127,11 +164,19 @@ def _distill(module: nn.Module, fold: int, progress: Progress) -> None:
     learn(module, fold, cost, _DEIT, progress)
 
 
-def learn(module: nn.Module, fold: int, cost: Cost, lessons: Lessons, progress: Progress) -> None:
-    """Train on every fold but one, on images distorted anew in every step."""
+def learn(
+    module: nn.Module,
+    fold: int,
+    cost: Cost,
+    lessons: Lessons,
+    progress: Progress,
+    begin: Callable[[float], None] = lambda done: None,
+) -> None:
+    """Train on every fold but one, on images distorted anew in every step, which ``begin`` opens."""
     images, labels = Digits(fold).training()
 
     def loss(module: nn.Module, generator: torch.Generator, done: float) -> torch.Tensor:
+        begin(done)
         rows = torch.randint(len(images), (_BATCH,), generator=generator)
         shown = distort(images[rows], generator)
         with some_patches(module, generator, done < lessons.partly):
@@ -206,6 +251,23 @@ TRAINED = (
         sources=("Touvron et al. 2020, Training data-efficient image transformers, arXiv 2012.12877", _DOSOVITSKIY),
         summary="DeiT of 6 layers and 66 tokens, distilled from a small convolutional network on the digits",
         folds=Digits.folds,
+    ),
+    *(
+        Trained(
+            name=f"digits-joined{depth}",
+            task="digits",
+            module=partial(_joined, depth),
+            train=_join,
+            sources=(
+                "Zhou et al. 2025, Rethinking Vision Transformer Depth via Structural Reparameterization, arXiv "
+                "2511.19718",
+                _DOSOVITSKIY,
+            ),
+            summary=f"ViT of {depth} blocks with {12 // depth} joined branches each, trained on the digits",
+            folds=Digits.folds,
+            released=False,
+        )
+        for depth in (6, 4, 3)
     ),
     Trained(
         name="digits-pvt",

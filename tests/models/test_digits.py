@@ -106,6 +106,24 @@ def test_a_student_and_its_teacher_see_the_training_folds_only(monkeypatch: pyte
         assert not torch.equal(before[name], module.state_dict()[name])
 
 
+def test_branches_are_joined_while_a_model_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xformopt.models import joined
+    from xformopt.models.tasks import digits_models
+
+    images, labels = Digits(1).training()
+    monkeypatch.setattr(Digits, "training", lambda task: (images[:256], labels[:256]))
+    monkeypatch.setattr(digits_models, "_JOINED", digits_models._Lessons(1))
+    model, shares = find_trained("digits-joined3"), []
+    module = model.fresh()
+    attention = module.backbone.blocks[0].attention
+    assert isinstance(attention, joined.JoinedAttention)
+    assert len(attention.query) == 4
+    attention.register_forward_pre_hook(lambda block, given: shares.append(block.joined))
+    model.train(module, 1, lambda what, done, total: None)
+    # eight steps: apart, then more and more of one, and one at the end
+    assert shares == pytest.approx([0, 0.05, 0.3, 0.55, 0.8, 1, 1, 1])
+
+
 def test_the_two_answers_of_a_deit_are_averaged() -> None:
     module = find_trained("digits-deit").fresh().eval()
     images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -44,6 +44,7 @@ ATTENTIONS = {
     "t5-tiny": 9,
     "tnt-tiny": 6,
     "vit-dual-patchnorm": 4,
+    "vit-joined": 2,
     "vit-parallel": 4,
     "vit-tiny": 4,
     "xcit-nano": 2,
@@ -72,6 +73,7 @@ VARIANTS = (
     "poolformer",
     "pvt-linear",
     "vit-dual-patchnorm",
+    "vit-joined",
     "vit-parallel",
 )
 SMALL = [name for name in architectures() if name not in REAL_SIZES]
