@@ -49,12 +49,12 @@ def test_codes_tell_similar_vectors_from_others() -> None:
     assert set(codes.unique().tolist()) == {-1.0, 1.0}
     products = codes @ codes.t() / 8
     same = torch.arange(60)[:, None] // 20 == torch.arange(60) // 20
-    assert float(products[same].mean()) > 0.8
-    assert float(products[~same].mean()) < 0.3
+    assert float(products[same].mean()) > 0.4
+    assert float(products[~same].mean()) < 0
     # by the definition: kappa less its mean, then the sign
     chosen = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:12]
     squares = (x[0, :, None].double() - x[0, chosen].double()).square().sum(-1)
-    kappa = (-squares / (2 * squares.mean() / 2)).exp()
+    kappa = (-squares / (2 * squares.mean())).exp()
     signs = torch.where((kappa - kappa.mean(0)) @ found.mixing[0].double() >= 0, 1.0, -1.0)
     assert float((signs == codes).double().mean()) > 0.99
 
