@@ -120,7 +120,7 @@ def _climb(kernel: torch.Tensor, left: torch.Tensor, start: torch.Tensor) -> tor
     for _ in range(_STEPS):
         soft = 2 * (kernel @ row).sigmoid() - 1
         adam.zero_grad()
-        (-(soft @ left @ soft) / len(kernel)).backward()  # type: ignore[no-untyped-call]
+        (-(soft @ left @ soft) / len(kernel)).backward()
         adam.step()
     climbed = row.detach()
     return climbed if value(climbed) > value(start) else start

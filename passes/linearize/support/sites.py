@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -142,7 +142,7 @@ def relearned(
 
     """
     names: list[str] = []
-    made = {}
+    made: dict[str, Any] = {}
     for role in roles:
         x: fx.Node = getattr(site, role)
         if (linear := projection_of(editor, x)) is not None:
