@@ -105,7 +105,8 @@ def _leading(kernel: torch.Tensor, left: torch.Tensor, root: torch.Tensor) -> to
     whole = torch.linalg.solve_triangular(root, half.t(), upper=False)
     leading = torch.linalg.eigh((whole + whole.t()) / 2).eigenvectors[:, -1:]
     row = torch.linalg.solve_triangular(root.t(), leading, upper=True).squeeze(1)
-    return row * (len(kernel) / (kernel @ row).square().sum()).sqrt()
+    scaled: torch.Tensor = row * (len(kernel) / (kernel @ row).square().sum()).sqrt()
+    return scaled
 
 
 def _climb(kernel: torch.Tensor, left: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
