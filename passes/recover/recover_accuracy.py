@@ -97,6 +97,7 @@ class RecoverAccuracy(Pass):
     iterations: int = 5000
 
     effect: ClassVar[Effect] = "tuned"
+    aims_at_time: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...]] = (
         "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531",
         "Romero et al., FitNets, arXiv 1412.6550 (hidden values)",
@@ -125,7 +126,7 @@ class RecoverAccuracy(Pass):
         aligned = align(original, program)
         found = self._reconstruct(aligned, variables, settings, context)
         judged = [context.calibration[index] for index in settings.judged(len(context.calibration))]
-        notes = (*_notes(program, variables, context), found.summary("loss"))
+        notes = (*_notes(program, variables, context), self._outcome(found))
         if all(block.after >= block.before for block in found.blocks):
             return replace(_unchanged(program, "training made it no better on what is held out", refused), notes=notes)
         trained = program.copy()
@@ -200,6 +201,15 @@ class RecoverAccuracy(Pass):
             blocks=(aligned.whole("answers"),) if whole else aligned.blocks(),
             objective=loss if whole else squared_error,
             progress=context.progress,
+        )
+
+    def _outcome(self, found: Reconstruction) -> str:
+        if self.objective == "blocks":
+            return found.summary()
+        (whole,) = found.blocks
+        return (
+            f"trained in {whole.iterations} steps: loss on what is held out over that of zeros {whole.before:.2e} "
+            f"before, {whole.after:.2e} after"
         )
 
 

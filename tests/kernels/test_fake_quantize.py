@@ -116,3 +116,17 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -
     given = {n: torch.empty(v, device="meta") if isinstance(v, tuple) else v for n, v in arguments.items()}
     with pytest.raises(RuntimeError, match=message):
         xf.fake_quantize(torch.empty(2, 4, device="meta"), **given)
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_gradients_go_straight_through_products_of_integers(is_static: bool) -> None:
+    x, scale = torch.randn(3, 6, requires_grad=True), torch.rand(4) + 0.1
+    weight = torch.randint(-127, 128, (4, 6), dtype=torch.int8)
+    given = (torch.tensor(0.01), torch.tensor(100, dtype=torch.uint8)) if is_static else ()
+    back = torch.randn(3, 4)
+    xf.quantized_linear(x, weight, scale, None, *given).backward(back)
+    wanted = (back * scale) @ weight.float()
+    # codes reach from 0 to 255, around 100
+    kept = ((x / 0.01).round() >= -100) & ((x / 0.01).round() <= 155) if is_static else torch.ones_like(x) > 0
+    assert bool(kept.all()) != is_static
+    torch.testing.assert_close(x.grad, wanted * kept)

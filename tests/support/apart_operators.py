@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# their gradient is not that of the steps they compute
+STRAIGHT_THROUGH = {"quantized_linear"}
 TESTED_APART = {
     "attention",
     "attention_received",

@@ -89,6 +89,7 @@ def test_a_task_of_the_users_own(own: Path) -> None:
         ("digits{fold}", "write option=value"),
         ("digits{fold=x}", "refuses fold='x'"),
         ("digits{fold=7}", "fold must be 0 to 4"),
+        ("digits{samples=0}", "samples must be at least 1"),
         ("digits{fould=1}", "Did you mean 'fold'"),
         ("own_tasks:Unfinished", "is no task"),
         ("own_tasks:Lacking", "lacks the class attribute 'output'"),
@@ -126,3 +127,17 @@ def test_a_task_of_another_name_may_have_any_fold() -> None:
         name = "other"
 
     assert task_for(Other(1), "digits-vit") == Other(1)
+
+
+def test_as_much_calibration_data_as_is_asked_for() -> None:
+    def items(written: str) -> list[int]:
+        return [len(next(iter(batch.values()))) for batch in find_task(written).calibration()]
+
+    assert sum(items("digits")) == 240
+    assert sum(items("digits{samples=500}")) == 500
+    # there are no more outside of the held-out fold
+    assert sum(items("digits{samples=5000}")) == len(Digits().training()[0])
+    assert sum(items("listops{samples=100}")) == 100
+    once = items("recall")
+    assert items("recall{samples=1}") == once
+    assert items(f"recall{{samples={sum(once) + 1}}}") == 2 * once

@@ -63,10 +63,11 @@ class Pass(ABC):
     """A transformation of Programs.  Subclasses are frozen dataclasses; their fields are the options.
 
     A pass that is right only under a fact about the inputs lists it in ``assumptions``, and refuses unless it is
-    stated.
+    stated.  A lossy pass that does not aim at time is not asked for any.
     """
 
     effect: ClassVar[Effect] = "exact"
+    aims_at_time: ClassVar[bool] = True
     takes: ClassVar[Level] = Level.LIFTED
     leaves: ClassVar[Level] = Level.LIFTED
     sources: ClassVar[tuple[str, ...]] = ()

@@ -196,7 +196,7 @@ class _Run:
         else:
             record = self._verify(step, result, started)
             if record.dropped is None and step.effect != "exact":
-                record = self._judge_lossy(record, before, result.program)
+                record = self._judge_lossy(step, record, before, result.program)
             if record.dropped is None:
                 self.program, self.current = result.program, self.outputs
         self.history.append(record)
@@ -260,14 +260,14 @@ class _Run:
             f"The pass was taken back.{saved}"
         )
 
-    def _judge_lossy(self, record: Record, before: Program, after: Program) -> Record:
+    def _judge_lossy(self, step: Pass, record: Record, before: Program, after: Program) -> Record:
         budget = self.pipeline.max_drift
         if budget is not None and record.drift > budget:
             reason = f"its drift of {record.drift:.2e} is over the budget of {budget:.2e}"
             if self.pipeline.strict:
                 raise VerificationError(f"The pass {record.name} was taken back and the run stopped: {reason}.")
             return replace(record, dropped=reason)
-        if self.measure is None:
+        if self.measure is None or not step.aims_at_time:
             return record
         low, high = self.measure(before, after)
         record = replace(record, speedup=(low, high))

@@ -51,7 +51,7 @@ def stopped_gradients(
         if isinstance(value, torch.Tensor) and value.requires_grad:
             total = total + (value * torch.randn(value.shape, generator=generator, dtype=value.dtype)).sum()
     if total.requires_grad:
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
     reached = {node for node, value in kept.items() if _is_felt(value)} | set(program.results)
     readers = {str(node.target): node for node in program.graph.find_nodes(op="get_attr")}
     return {name: _stopper(readers[name], reached) for name, leaf in leaves.items() if not _is_felt(leaf)}

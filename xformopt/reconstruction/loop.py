@@ -54,14 +54,14 @@ class Reconstruction:
     results: Mapping[str, torch.Tensor]
     blocks: tuple[Trained, ...]
 
-    def summary(self, what: str = "mean squared error of their outputs") -> str:
-        """Return one line for a pass's notes; ``what`` says what the objective is."""
+    def summary(self) -> str:
+        """Return one line for a pass's notes."""
         before, after = (math.fsum(getattr(block, when) for block in self.blocks) for when in ("before", "after"))
         steps = max((block.iterations for block in self.blocks), default=0)
         count = max(len(self.blocks), 1)
         return (
-            f"{len(self.blocks)} blocks reconstructed in up to {steps} steps each: {what} over that of zeros "
-            f"{before / count:.2e} before, {after / count:.2e} after (mean of blocks)"
+            f"{len(self.blocks)} blocks reconstructed in up to {steps} steps each: mean squared error of their outputs "
+            f"over that of zeros {before / count:.2e} before, {after / count:.2e} after (mean of blocks)"
         )
 
 

@@ -22,7 +22,7 @@ __all__ = ["Attempt", "Job", "Objective", "Place", "Training", "squared_error"]
 
 # the penalty's weight, the share of the steps before it sets in, and how beta falls from there
 _LAMBDA, _WARMUP, _BETA = 10.0, 0.2, (20.0, 2.0)
-_FEWEST_STEPS = 20
+_FEWEST_STEPS, _TIMED_STEPS = 20, 4
 # how often a training is judged on what is held out
 _JUDGED = 10
 _SECONDS_BETWEEN_SAVES = 20.0
@@ -154,9 +154,8 @@ class Training:
         self.best = _Best(untrained, before)
         saved = self.job.state.read(self.partial)
         steps = int(saved[1]["iterations"]) if saved is not None else self._affordable(seconds, before, judging)
-        adam = torch.optim.AdamW(
-            [{"params": [v.leaf], "lr": v.rate(steps)} for v in self.made.values()], weight_decay=0
-        )
+        groups = [{"params": [variable.leaf], "lr": variable.rate(steps)} for variable in self.made.values()]
+        adam = torch.optim.AdamW(groups, weight_decay=self.job.settings.decay)
         done = 0 if saved is None else self._restore(adam, *saved)
         # what an interrupted run has used is gone
         started -= 0.0 if saved is None else float(saved[1]["seconds"])
@@ -221,14 +220,16 @@ class Training:
         if seconds is None:
             return most
         took = []
-        for _ in range(2):
+        # the first is slower than others; batches differ in length
+        for step in range(_TIMED_STEPS):
             started = time.monotonic()
-            self._loss(0, most, before).backward()
+            self._loss(step, most, before).backward()
             took.append(time.monotonic() - started)
         for variable in self.made.values():
             variable.leaf.grad = None
         left = seconds - judging * (_JUDGED + 1 if self.job.settings.held_out else 2)
-        return max(min(most, int(left / max(took[-1], 1e-9))), min(most, _FEWEST_STEPS))
+        typical = sum(took[1:]) / len(took[1:])
+        return max(min(most, int(left / max(typical, 1e-9))), min(most, _FEWEST_STEPS))
 
     def _loss(self, step: int, steps: int, before: float) -> torch.Tensor:
         # each step's chances follow from its number alone, so that training can go on anywhere
