@@ -35,6 +35,8 @@ __all__ = ["LinearizeToeplitz"]
 
 aten = torch.ops.aten
 _DRAW = 0
+# stands for minus infinity
+_UNSEEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,17 @@ class LinearizeToeplitz(FittedLinearization):
 
 
 def _by_distance(editor: Editor, site: Site) -> fx.Node:
-    """Return the bias of each distance ``j - i`` from ``1 - T`` to ``T - 1``, ``[heads or 1, 2 T - 1]``.
+    """Return the bias of each distance ``j - i`` from ``-T`` to ``T``, ``[heads or 1, 2 T + 1]``.
 
-    The last query sees the distances up to 0, the first one those from 0 on.
+    The last query sees the distances up to 0, the first one those from 0 on.  No pair is T apart: an entry at both ends
+    only keeps every size at T or above, as sizes of ``T - 1`` would rule out short sequences when the program is traced.
     """
-    last = editor.call(aten.select.int, editor.call(aten.select.int, site.bias, 0, 0), 1, -1)
-    first = editor.call(aten.select.int, editor.call(aten.select.int, site.bias, 0, 0), 1, 0)
-    later = editor.call(aten.slice.Tensor, first, 1, 1, sys.maxsize)
-    return editor.call(aten.cat.default, [last, later], 1)
+    rows = editor.call(aten.select.int, site.bias, 0, 0)
+    last, first = (editor.call(aten.select.int, rows, 1, place) for place in (-1, 0))
+    earlier = editor.call(aten.constant_pad_nd.default, last, [1, 0], _UNSEEN)
+    padded = editor.call(aten.constant_pad_nd.default, first, [0, 1], _UNSEEN)
+    later = editor.call(aten.slice.Tensor, padded, 1, 1, sys.maxsize)
+    return editor.call(aten.cat.default, [earlier, later], 1)
 
 
 def _value(program: Program, bias: fx.Node, context: Context) -> torch.Tensor:
