@@ -111,7 +111,7 @@ def _by_distance(editor: Editor, site: Site) -> fx.Node:
     """Return the bias of each distance ``j - i`` from ``-T`` to ``T``, ``[heads or 1, 2 T + 1]``.
 
     The last query sees the distances up to 0, the first one those from 0 on.  No pair is T apart: an entry at both ends
-    only keeps every size at T or above, as sizes of ``T - 1`` would rule out short sequences when the program is traced.
+    only keeps every size at T or above, as sizes of ``T - 1`` would rule out short sequences in a trace.
     """
     rows = editor.call(aten.select.int, site.bias, 0, 0)
     last, first = (editor.call(aten.select.int, rows, 1, place) for place in (-1, 0))
