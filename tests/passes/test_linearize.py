@@ -175,7 +175,7 @@ def test_flow_gets_projections_of_its_own(fused: bool, vit: Program) -> None:
 
 
 ON_TARGET = [
-    ("llama", "linearize-liger{force=true,window=32}", {"gated_linear_attention", "local_attention"}),
+    ("llama", "linearize-liger{force=true,window=32,max_error=9}", {"gated_linear_attention", "local_attention"}),
     ("llama", "linearize-learned-maps{force=true,iterations=5,max_error=9}", {"linear_attention"}),
     ("vit", "linearize-liger{force=true,window=32,max_error=9}", {"gated_linear_attention", "local_attention"}),
     ("vit", "linearize-flow{force=true,iterations=5,max_error=9}", {"flow_attention"}),
