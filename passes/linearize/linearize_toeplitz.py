@@ -10,6 +10,7 @@ output is close to the attention's.
 By FFT the form is ``O(m E T log T)`` a head.  On a CPU that is slower than the products up to beyond 8,000 tokens, and
 the kernel takes the products over all pairs: no time is saved, which the crossover shows.  Where the bias is looked up
 for all pairs it still is, and its first and last row are what the form reads.
+ort-cpu takes the form at a fixed length only.
 
 Luo et al., Stable, Fast and Accurate: Kernelized Attention with Relative Positional Encoding, NeurIPS 2021, arXiv
 2106.12566; Choromanski et al., Performer, ICLR 2021, arXiv 2009.14794 (the features).
@@ -35,6 +36,8 @@ __all__ = ["LinearizeToeplitz"]
 
 aten = torch.ops.aten
 _DRAW = 0
+# stands for minus infinity
+_UNSEEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -106,14 +109,17 @@ class LinearizeToeplitz(FittedLinearization):
 
 
 def _by_distance(editor: Editor, site: Site) -> fx.Node:
-    """Return the bias of each distance ``j - i`` from ``1 - T`` to ``T - 1``, ``[heads or 1, 2 T - 1]``.
+    """Return the bias of each distance ``j - i`` from ``-T`` to ``T``, ``[heads or 1, 2 T + 1]``.
 
-    The last query sees the distances up to 0, the first one those from 0 on.
+    The last query sees the distances up to 0, the first one those from 0 on.  No pair is T apart: an entry at both ends
+    only keeps every size at T or above, as sizes of ``T - 1`` would rule out short sequences in a trace.
     """
-    last = editor.call(aten.select.int, editor.call(aten.select.int, site.bias, 0, 0), 1, -1)
-    first = editor.call(aten.select.int, editor.call(aten.select.int, site.bias, 0, 0), 1, 0)
-    later = editor.call(aten.slice.Tensor, first, 1, 1, sys.maxsize)
-    return editor.call(aten.cat.default, [last, later], 1)
+    rows = editor.call(aten.select.int, site.bias, 0, 0)
+    last, first = (editor.call(aten.select.int, rows, 1, place) for place in (-1, 0))
+    earlier = editor.call(aten.constant_pad_nd.default, last, [1, 0], _UNSEEN)
+    padded = editor.call(aten.constant_pad_nd.default, first, [0, 1], _UNSEEN)
+    later = editor.call(aten.slice.Tensor, padded, 1, 1, sys.maxsize)
+    return editor.call(aten.cat.default, [earlier, later], 1)
 
 
 def _value(program: Program, bias: fx.Node, context: Context) -> torch.Tensor:

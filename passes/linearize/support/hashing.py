@@ -105,7 +105,8 @@ def _leading(kernel: torch.Tensor, left: torch.Tensor, root: torch.Tensor) -> to
     whole = torch.linalg.solve_triangular(root, half.t(), upper=False)
     leading = torch.linalg.eigh((whole + whole.t()) / 2).eigenvectors[:, -1:]
     row = torch.linalg.solve_triangular(root.t(), leading, upper=True).squeeze(1)
-    return row * (len(kernel) / (kernel @ row).square().sum()).sqrt()
+    scaled: torch.Tensor = row * (len(kernel) / (kernel @ row).square().sum()).sqrt()
+    return scaled
 
 
 def _climb(kernel: torch.Tensor, left: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -120,7 +121,7 @@ def _climb(kernel: torch.Tensor, left: torch.Tensor, start: torch.Tensor) -> tor
     for _ in range(_STEPS):
         soft = 2 * (kernel @ row).sigmoid() - 1
         adam.zero_grad()
-        (-(soft @ left @ soft) / len(kernel)).backward()  # type: ignore[no-untyped-call]
+        (-(soft @ left @ soft) / len(kernel)).backward()
         adam.step()
     climbed = row.detach()
     return climbed if value(climbed) > value(start) else start

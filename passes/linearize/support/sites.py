@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+# what may stand between a linear layer and attention
+_AFTER = (xf.rope, xf.rms_norm)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def relearned(
 
     """
     names: list[str] = []
-    made = {}
+    made: dict[str, Any] = {}
     for role in roles:
         x: fx.Node = getattr(site, role)
         if (linear := projection_of(editor, x)) is not None:
@@ -152,32 +154,47 @@ def relearned(
 
 
 def projection_of(editor: Editor, x: fx.Node) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Return weight and bias of the linear layer that makes ``x``, perhaps by way of rotary embedding or norm."""
-    linear = _projection(x)
+    """Return weight and bias of the linear layer that makes ``x``, perhaps by way of rotary embedding or norm.
+
+    Of a layer that makes several values at once, the rows that make this one.
+    """
+    while is_call(x, *_AFTER):
+        x = operand(x)
+    linear = _linear_of(x)
     if linear is None:
         return None
     given = arguments(linear)
     weight, bias = editor.constant(given["weight"]), editor.constant(given["bias"])
-    return None if weight is None or (given["bias"] is not None and bias is None) else (weight, bias)
+    if weight is None or (given["bias"] is not None and bias is None):
+        return None
+    if linear is not x:
+        rows = slice(arguments(x)["start"], arguments(x)["end"])
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    return weight, bias
 
 
 def projected_from(x: fx.Node) -> fx.Node | None:
     """Return what that linear layer reads."""
-    linear = _projection(x)
+    while is_call(x, *_AFTER):
+        x = operand(x)
+    linear = _linear_of(x)
     return None if linear is None else operand(linear)
 
 
 def with_projection(editor: Editor, x: fx.Node, parameters: Mapping[str, torch.Tensor]) -> fx.Node:
     """Compute ``x`` again by another linear layer: weight and, where there is one, bias, by their names."""
-    if not is_call(x, xf.linear):
+    linear = _linear_of(x)
+    if linear is None:
         made = call_with(editor, x, x=with_projection(editor, operand(x), parameters))
     else:
-        made = editor.call(xf.linear, operand(x), *(editor.parameter(n, value) for n, value in parameters.items()))
+        stored = (editor.parameter(name, value.contiguous()) for name, value in parameters.items())
+        made = editor.call(xf.linear, operand(linear), *stored)
     made.meta["path"] = path_of(x)
     return made
 
 
-def _projection(x: fx.Node) -> fx.Node | None:
-    while is_call(x, xf.rope, xf.rms_norm):
-        x = operand(x)
-    return x if is_call(x, xf.linear) else None
+def _linear_of(x: fx.Node) -> fx.Node | None:
+    """Return the linear layer that ``x`` is the result of, whole or a range of its channels."""
+    is_range = is_call(x, aten.slice.Tensor) and arguments(x)["dim"] in (2, -1) and arguments(x)["step"] == 1
+    linear = operand(x) if is_range else x
+    return linear if is_call(linear, xf.linear) else None
