@@ -67,8 +67,7 @@ def test_training_draws_every_size(name: str, monkeypatch: pytest.MonkeyPatch) -
 
     images, labels = Digits(2).training()
     monkeypatch.setattr(Digits, "training", lambda task: (images[:64], labels[:64]))
-    for lessons in ("_MATFORMER", "_FLEXIVIT", "_HVT"):
-        monkeypatch.setattr(elastic, lessons, elastic.Lessons(6, partly=0))
+    monkeypatch.setattr(elastic, "_LESSONS", elastic.Lessons(6, partly=0))
     drawn: list[object] = []
     for function in ("prefix_of", "with_patches"):
         real = getattr(elastic, function)
