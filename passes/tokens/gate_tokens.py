@@ -19,7 +19,7 @@ computed in full, from the buffers.  Gates stand behind norms, which are cheap a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -186,7 +186,8 @@ def _gate(state: _State, group: _Group, ranks: fx.Node, number: int) -> None:
 
     for node in group.members:
         editor.at(node)
-        args, kwargs = fx.map_arg(node.args, renewed), fx.map_arg(node.kwargs, renewed)
+        args = fx.map_arg(node.args, renewed)
+        kwargs: dict[str, Any] = fx.map_arg(node.kwargs, renewed)
         fresh[node] = editor.call(node.target, *args, **kwargs)
         if node not in group.results:
             continue
