@@ -51,4 +51,5 @@ def resize_positions(table: torch.Tensor, before: tuple[int, int], after: tuple[
 
 @cache
 def _inverse(before: tuple[int, int], after: tuple[int, int]) -> torch.Tensor:
-    return torch.linalg.pinv(resize_matrix(before, after).t())
+    inverse: torch.Tensor = torch.linalg.pinv(resize_matrix(before, after).t())
+    return inverse

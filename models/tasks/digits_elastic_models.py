@@ -5,6 +5,8 @@
 - FlexiViT (Beyer et al., arXiv 2212.08013): every step draws the size of the patches; kernel and positions are resized
   to it.  ``resize-patches`` does the same for good.
 - HVT (Pan et al., arXiv 2103.10619): tokens are pooled between stages, and the model learns with that.
+
+None is released as yet: the recipes are here, and ``tools/train.py`` makes the checkpoints.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ __all__ = ["PATCHES", "SHARES", "TRAINED", "prefix_of", "with_patches"]
 
 # the shares of the FFN width, and the sides of patches in pixels, that are drawn from
 SHARES, PATCHES = (0.125, 0.25, 0.5, 1.0), (4, 8, 16)
-_MATFORMER, _FLEXIVIT, _HVT = (Lessons(40, rate=2e-3, warmup=0.2, partly=0) for _ in range(3))
+_LESSONS = Lessons(40, rate=2e-3, warmup=0.2, partly=0)
 
 
 def _matformer() -> nn.Module:
@@ -64,12 +66,12 @@ def prefix_of(module: nn.Module, share: float) -> dict[str, torch.Tensor]:
 def with_patches(module: ViT, patch: int) -> Iterator[dict[str, torch.Tensor]]:
     """Let ``module`` cut images in patches of so many pixels; yields the weights to call it with."""
     embedding, config = cast(PatchEmbedding, module.embedding), module.config
-    grids = [(config.image_size // side,) * 2 for side in (config.patch, patch)]
+    before, after = config.image_size // config.patch, config.image_size // patch
     embedding.projection.stride = (patch, patch)
     try:
         yield {
             "embedding.projection.weight": resize_kernel(embedding.projection.weight, (patch, patch)),
-            "positions": resize_positions(module.positions, *grids),
+            "positions": resize_positions(module.positions, (before, before), (after, after)),
         }
     finally:
         embedding.projection.stride = (config.patch, config.patch)
@@ -94,15 +96,15 @@ def _place(choices: int, generator: torch.Generator) -> int:
 
 
 def _train_matformer(module: nn.Module, fold: int, progress: Progress) -> None:
-    learn(module, fold, _nested, _MATFORMER, progress)
+    learn(module, fold, _nested, _LESSONS, progress)
 
 
 def _train_flexivit(module: nn.Module, fold: int, progress: Progress) -> None:
-    learn(module, fold, _flexible, _FLEXIVIT, progress)
+    learn(module, fold, _flexible, _LESSONS, progress)
 
 
 def _train_hvt(module: nn.Module, fold: int, progress: Progress) -> None:
-    learn(module, fold, _plain, _HVT, progress)
+    learn(module, fold, _plain, _LESSONS, progress)
 
 
 TRAINED = (

@@ -19,7 +19,7 @@ computed in full, from the buffers.  Gates stand behind norms, which are cheap a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -180,9 +180,14 @@ def _gate(state: _State, group: _Group, ranks: fx.Node, number: int) -> None:
     rows = editor.call(xf.select_tokens, group.root, changed)
     state.present(f"reference_{number}", editor.call(xf.update_tokens, past, changed, rows))
     fresh: dict[fx.Node, fx.Node] = {group.root: rows}
+
+    def renewed(value: fx.Node) -> fx.Node:
+        return fresh.get(value, value)
+
     for node in group.members:
         editor.at(node)
-        args, kwargs = (fx.map_arg(part, lambda value: fresh.get(value, value)) for part in (node.args, node.kwargs))
+        args = fx.map_arg(node.args, renewed)
+        kwargs: dict[str, Any] = fx.map_arg(node.kwargs, renewed)
         fresh[node] = editor.call(node.target, *args, **kwargs)
         if node not in group.results:
             continue

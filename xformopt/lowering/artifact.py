@@ -31,7 +31,7 @@ from xformopt.program import Program, load_program, save_program
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Artifact", "Session", "Workspace", "copy_extra", "load_artifact"]
+__all__ = ["Artifact", "Session", "Workspace", "complete_inputs", "copy_extra", "load_artifact"]
 
 _PROGRAM = "program"
 _NUMPY = {"f64": "float64", "f32": "float32", "f16": "float16", "bool": "bool", "u8": "uint8"} | {
@@ -115,7 +115,7 @@ class Artifact:
             DataError: a missing or unknown input, a wrong dtype or rank, or sizes that do not fit the dimensions.
 
         """
-        given = _completed(self.manifest, {name: np.asarray(value) for name, value in arrays.items()})
+        given = complete_inputs(self.manifest, {name: np.asarray(value) for name, value in arrays.items()})
         _check_inputs(self.manifest, given)
         found = self.session.run(given)
         return {name: found[name] for name in self.output_names}
@@ -249,9 +249,11 @@ def copy_extra(files: tuple[Path, ...], folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _completed(manifest: Manifest, given: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+def complete_inputs(manifest: Manifest, given: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Add the defaults of inputs that were left out; a dimension that only those have is as large as it may be."""
     left_out = [spec for spec in manifest.inputs if spec.default is not None and spec.name not in given]
+    if not left_out:
+        return given
     sizes = {dim.name: dim.high or dim.low for dim in manifest.dims}
     for spec in manifest.inputs:
         if spec.name in given:
@@ -259,8 +261,10 @@ def _completed(manifest: Manifest, given: Mapping[str, np.ndarray]) -> Mapping[s
     found = dict(given)
     for spec in left_out:
         shape, dtype = [size if isinstance(size, int) else sizes[size] for size in spec.shape], _NUMPY[spec.dtype]
-        filled = np.zeros(shape) if spec.default == "zeros" else np.broadcast_to(np.arange(shape[-1]), shape)
-        found[spec.name] = filled.astype(dtype)
+        ascending = np.arange(shape[-1], dtype=dtype)
+        found[spec.name] = (
+            np.zeros(shape, dtype) if spec.default == "zeros" else np.broadcast_to(ascending, shape).copy()
+        )
     return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from xformopt.errors import ArtifactError
+from xformopt.lowering.artifact import complete_inputs
 from xformopt.lowering.manifest import FILE_NAME, SessionSettings, precision_of, read_manifest
 from xformopt.lowering.onnx_files import check_external_data
 from xformopt.lowering.openvino import OpenVinoSession
@@ -68,6 +69,7 @@ class OrtRunner:
     def __init__(self, path: Path, *, threads: int, profile_to: Path | None = None) -> None:
         model, settings, self.precision = _model_of(path, self.target)
         self._session = OrtSession(model, settings, threads=threads)
+        self._manifest = read_manifest(path) if path.is_dir() else None
         self._profile_to = profile_to
         self.input_names, self.output_names = self._session.input_names, self._session.output_names
         self.size_bytes = _size_of(model)
@@ -75,12 +77,15 @@ class OrtRunner:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once."""
-        return self._session.run(inputs)
+        return self._session.run(self._completed(inputs))
 
     def profile(self, inputs: Mapping[str, np.ndarray], rounds: int) -> list[OperatorTime] | None:
         """Return the kernel time of every node over ``rounds`` runs, longest first."""
-        times, self.fallbacks = self._session.profile(inputs, rounds, self._profile_to)
+        times, self.fallbacks = self._session.profile(self._completed(inputs), rounds, self._profile_to)
         return times
+
+    def _completed(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return inputs if self._manifest is None else complete_inputs(self._manifest, inputs)
 
 
 class OpenVinoRunner:
