@@ -130,7 +130,8 @@ def _with_constants(editor: Editor, attention: fx.Node, gate: torch.Tensor) -> f
 
 
 def _repeated(value: torch.Tensor, kv_heads: int, times: int) -> torch.Tensor:
-    return value.unflatten(2, (kv_heads, -1)).repeat_interleave(times, 2).flatten(2)
+    found: torch.Tensor = value.unflatten(2, (kv_heads, -1)).repeat_interleave(times, 2).flatten(2)
+    return found
 
 
 def _same_for_all(editor: Editor, node: fx.Node) -> torch.Tensor | None:
