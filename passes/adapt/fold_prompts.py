@@ -31,6 +31,8 @@ from xformopt.rewrite import Editor, Reject, Rule
 __all__ = ["FoldPrompts"]
 
 aten = torch.ops.aten
+# sizes of inputs at which a value is computed, to see whether it depends on them
+_SIZES = (2, 5)
 
 
 @dataclass(frozen=True)
@@ -135,17 +137,26 @@ def _repeated(value: torch.Tensor, kv_heads: int, times: int) -> torch.Tensor:
 
 
 def _same_for_all(editor: Editor, node: fx.Node) -> torch.Tensor | None:
-    """Return ``[1, P, C]`` where ``node`` is that for every item of a batch, whatever the inputs are."""
-    value = _constant(editor, node)
-    if value is None or value.dim() != 3 or not all(torch.equal(value[0], row) for row in value):
+    """Return ``[1, P, C]`` where ``node`` is that for every item of a batch, whatever inputs and sizes are."""
+    found = [_computed(editor, node, size) for size in _SIZES]
+    tensors = [value for value in found if value is not None and value.dim() == 3]
+    if len(tensors) < len(found) or len({value.shape[1:] for value in tensors}) > 1:
         return None
-    return value[:1].clone()
+    first = tensors[0][:1]
+    return first.clone() if all(torch.equal(value, first.expand_as(value)) for value in tensors) else None
 
 
 def _constant(editor: Editor, node: fx.Node) -> torch.Tensor | None:
-    """Return what ``node`` computes from parameters and sizes alone, at small sizes; None where it reads inputs."""
+    """Return what ``node`` is whatever inputs and sizes are, or None."""
+    first, *others = (_computed(editor, node, size) for size in _SIZES)
+    same = all(first is not None and other is not None and torch.equal(first, other) for other in others)
+    return first if same else None
+
+
+def _computed(editor: Editor, node: fx.Node, size: int) -> torch.Tensor | None:
+    """Return what ``node`` computes from parameters and sizes alone, all of them one size; None if it reads inputs."""
     dims = editor.program.dims
-    sizes = {dim.name: min(max(dim.low, 2), dim.high or 2) for dim in dims}
+    sizes = {dim.name: min(max(dim.low, size), dim.high or size) for dim in dims}
     known: dict[fx.Node, Any] = {}
 
     def compute(current: fx.Node) -> bool:
