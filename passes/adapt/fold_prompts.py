@@ -60,7 +60,7 @@ def _fold_gated_prompt(editor: Editor, node: fx.Node) -> fx.Node | Reject | None
         per_head = factor is not None and (factor.dim() < 2 or factor.shape[-2:] == (1, 1))
         if factor is None or not per_head or factor.numel() not in (1, heads.count):
             return Reject("the gate of the prompt is no constant of each head")
-        if len(heads.source.users) > 1 or len(attended.users) > 1:
+        if any(len(_reading(value)) > 1 for value in (heads.source, attended)):
             return Reject("something reads what attends to the prompt without its gate")
         folded = _with_constants(editor, heads.source, factor.double().flatten())
         return folded if isinstance(folded, Reject) else split_heads(editor, folded, heads.count)
@@ -100,6 +100,11 @@ def _heads_of_attention(editor: Editor, node: fx.Node) -> Heads | None:
     whole = torch.arange(found.channels.numel()).view(found.channels.shape)
     is_whole = torch.equal(found.channels, whole) and found.count == arguments(found.source)["heads"]
     return found if is_whole else None
+
+
+def _reading(node: fx.Node) -> list[fx.Node]:
+    """Return what reads the values of ``node``, and not its sizes alone."""
+    return [user for user in node.users if not is_call(user, aten.sym_size.int)]
 
 
 def _constant_keys(editor: Editor, attention: fx.Node) -> torch.Tensor | None:
