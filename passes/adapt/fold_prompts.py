@@ -31,6 +31,8 @@ from xformopt.rewrite import Editor, Reject, Rule
 __all__ = ["FoldPrompts"]
 
 aten = torch.ops.aten
+# sizes of inputs at which a value is computed, to see whether it depends on them
+_SIZES = (2, 5)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _fold_gated_prompt(editor: Editor, node: fx.Node) -> fx.Node | Reject | None
         per_head = factor is not None and (factor.dim() < 2 or factor.shape[-2:] == (1, 1))
         if factor is None or not per_head or factor.numel() not in (1, heads.count):
             return Reject("the gate of the prompt is no constant of each head")
-        if len(heads.source.users) > 1 or len(attended.users) > 1:
+        if any(len(_reading(value)) > 1 for value in (heads.source, attended)):
             return Reject("something reads what attends to the prompt without its gate")
         folded = _with_constants(editor, heads.source, factor.double().flatten())
         return folded if isinstance(folded, Reject) else split_heads(editor, folded, heads.count)
@@ -100,6 +102,11 @@ def _heads_of_attention(editor: Editor, node: fx.Node) -> Heads | None:
     return found if is_whole else None
 
 
+def _reading(node: fx.Node) -> list[fx.Node]:
+    """Return what reads the values of ``node``, and not its sizes alone."""
+    return [user for user in node.users if not is_call(user, aten.sym_size.int)]
+
+
 def _constant_keys(editor: Editor, attention: fx.Node) -> torch.Tensor | None:
     return _same_for_all(editor, arguments(attention)["k"])
 
@@ -130,21 +137,31 @@ def _with_constants(editor: Editor, attention: fx.Node, gate: torch.Tensor) -> f
 
 
 def _repeated(value: torch.Tensor, kv_heads: int, times: int) -> torch.Tensor:
-    return value.unflatten(2, (kv_heads, -1)).repeat_interleave(times, 2).flatten(2)
+    found: torch.Tensor = value.unflatten(2, (kv_heads, -1)).repeat_interleave(times, 2).flatten(2)
+    return found
 
 
 def _same_for_all(editor: Editor, node: fx.Node) -> torch.Tensor | None:
-    """Return ``[1, P, C]`` where ``node`` is that for every item of a batch, whatever the inputs are."""
-    value = _constant(editor, node)
-    if value is None or value.dim() != 3 or not all(torch.equal(value[0], row) for row in value):
+    """Return ``[1, P, C]`` where ``node`` is that for every item of a batch, whatever inputs and sizes are."""
+    found = [_computed(editor, node, size) for size in _SIZES]
+    tensors = [value for value in found if value is not None and value.dim() == 3]
+    if len(tensors) < len(found) or len({value.shape[1:] for value in tensors}) > 1:
         return None
-    return value[:1].clone()
+    first = tensors[0][:1]
+    return first.clone() if all(torch.equal(value, first.expand_as(value)) for value in tensors) else None
 
 
 def _constant(editor: Editor, node: fx.Node) -> torch.Tensor | None:
-    """Return what ``node`` computes from parameters and sizes alone, at small sizes; None where it reads inputs."""
+    """Return what ``node`` is whatever inputs and sizes are, or None."""
+    first, *others = (_computed(editor, node, size) for size in _SIZES)
+    same = all(first is not None and other is not None and torch.equal(first, other) for other in others)
+    return first if same else None
+
+
+def _computed(editor: Editor, node: fx.Node, size: int) -> torch.Tensor | None:
+    """Return what ``node`` computes from parameters and sizes alone, all of them one size; None if it reads inputs."""
     dims = editor.program.dims
-    sizes = {dim.name: min(max(dim.low, 2), dim.high or 2) for dim in dims}
+    sizes = {dim.name: min(max(dim.low, size), dim.high or size) for dim in dims}
     known: dict[fx.Node, Any] = {}
 
     def compute(current: fx.Node) -> bool:

@@ -38,7 +38,7 @@ def assert_artifact_agrees(module: nn.Module, program: Program, x: torch.Tensor)
     assert float((torch.from_numpy(found) - wanted).norm() / wanted.norm()) < TOLERANCE
 
 
-@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("adapters", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_lora(adapters: int) -> None:
     module = drawn(LoraNetwork(adapters=adapters))
     result = fold("fold-lora", module, torch.randn(2, 6, 12))
@@ -97,7 +97,10 @@ def test_an_adapter_on_the_stream_stays() -> None:
     assert any("reads the stream in front of the norm" in reason for reason, _ in record.rejected)
 
 
-@pytest.mark.parametrize(("kv_heads", "gate_after"), [(4, False), (2, False), (4, True)])
+@pytest.mark.parametrize(
+    ("kv_heads", "gate_after"),
+    [pytest.param(4, False, marks=pytest.mark.slow), (2, False), pytest.param(4, True, marks=pytest.mark.slow)],
+)
 def test_prompts(kv_heads: int, gate_after: bool) -> None:
     module = drawn(PromptAttention(kv_heads=kv_heads, gate_after=gate_after))
     result = fold("fold-prompts", module, torch.randn(2, 6, 32))
@@ -106,5 +109,6 @@ def test_prompts(kv_heads: int, gate_after: bool) -> None:
     assert names.count("xf.linear") == 4
     assert names.count("xf.attention") == 2
     assert not {"aten.mul.Tensor", "aten.tanh", "aten.softmax.int"} & set(names)
-    assert module.prompt.shape not in {value.shape for value in result.program.parameters.values()}
+    same_shape = [v for v in result.program.parameters.values() if v.shape == module.prompt.shape]
+    assert not any(torch.equal(value, module.prompt) for value in same_shape)
     assert_artifact_agrees(module, result.program, torch.randn(3, 5, 32))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pruned import ENCODER
+from torch import fx
 
 import xformopt as xo
 from xformopt.analysis import cost
@@ -258,9 +259,11 @@ def test_projected_keys_begin_as_averages(vit: Program, images: list[Batch]) -> 
     attention = next(node for node in result.nodes() if target_name(node.target) == "xf.attention")
     seen: dict[str, torch.Tensor] = {}
     interpret(result, images[0], observe=lambda node, value: seen.update({node.name: value}))
-    mixed = seen[attention.args[1].name]  # type: ignore[union-attr]
-    whole = next(seen[node.name] for node in result.nodes() if seen[node.name].shape == (6, 17, 32)
-                 and node in attention.args[1].all_input_nodes)  # type: ignore[union-attr] # fmt: skip
+    product = attention.args[1]
+    assert isinstance(product, fx.Node)
+    keys = product.args[1]
+    assert isinstance(keys, fx.Node)
+    mixed, whole = seen[product.name], seen[keys.name]
     groups = [[p for p in range(17) if p * 4 // 17 == key] for key in range(4)]
     wanted = torch.stack([whole[:, group].mean(1) for group in groups], 1)
     assert torch.allclose(mixed, wanted, atol=1e-5)
