@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xformopt.analysis import cost
-from xformopt.errors import DataError, PassError
+from xformopt.errors import DataError, PassError, UsageError
 from xformopt.lowering import lower
 from xformopt.passes import build_pass
 from xformopt.passes.sparsify.localize_attention import widest_window
@@ -156,7 +156,7 @@ def test_masks_behind_the_capture_length(encoder: Program) -> None:
     ],
 )
 def test_options_of_masks_that_make_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         build_pass("mask-attention", options)
 
 
@@ -250,7 +250,7 @@ def test_a_window_is_as_wide_as_its_share(causal: bool) -> None:
     ],
 )
 def test_options_that_make_no_sense(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         build_pass(name, options)
 
 
