@@ -50,6 +50,7 @@ TECHNIQUES = {
     "masformer, untrained": "localize-attention{{keep={keep}}}",
 }
 BLOCKS = (64, 32, 16, 8, 4, 2)
+FEW = 128
 # of what a share allows, blocks on the diagonal may take this much
 DIAGONAL = 0.75
 LONG = (2048, 4096)
@@ -118,8 +119,8 @@ def capture(subject: Subject) -> Program:
 
 
 def block_of(subject: Subject, keep: float) -> int:
-    """Return the largest block of which the diagonal leaves room for others."""
-    for block in BLOCKS:
+    """Return the largest block of which the diagonal leaves room for others; few tokens are cut into small blocks."""
+    for block in BLOCKS if subject.tokens > FEW else BLOCKS[-1:]:
         count = -(-subject.tokens // block)
         if (2 / (count + 1) if subject.causal else 1 / count) <= DIAGONAL * keep:
             return block
