@@ -262,7 +262,8 @@ class _Writer:
 
     def _rows_of(self, group: _Group) -> np.ndarray:
         """Return how many rows of a group are computed, by how many there are; one at least: nothing is empty."""
-        return np.maximum(group.rows_by(self.rows.most), 1)
+        rows: np.ndarray = np.maximum(group.rows_by(self.rows.most), 1)
+        return rows
 
     def _first(self, group: _Group, table: np.ndarray, *, by_column: bool = False) -> ir.Value:
         """Return the part of a table ``[R, ...]`` or ``[R, K, ...]`` of a group that holds tokens."""

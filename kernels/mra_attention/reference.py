@@ -105,4 +105,5 @@ def _chosen(scores: torch.Tensor, visible: torch.Tensor, exists: torch.Tensor, c
     ranked = scores.masked_fill(hidden, -_FIRST).masked_fill(diagonal, _FIRST)
     found = ranked.flatten(2).topk(count).indices
     chosen = torch.zeros_like(ranked, dtype=torch.bool).flatten(2).scatter(2, found, True)
-    return chosen.unflatten(2, (N, N)) & visible
+    apart: torch.Tensor = chosen.unflatten(2, (N, N))
+    return apart & visible

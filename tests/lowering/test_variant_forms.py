@@ -42,24 +42,24 @@ BODIES = {
 param %one: bool[1,20,20]
 param %each: bool[2,20,20]
 param %none: bool[1,20,20]
-%qt: f32[batch,6,length] = aten.transpose.int(%q, 1, 2)
+%qt: f32[batch,6,length] = aten.transpose.int(%q) {{dim0=1, dim1=2}}
 %o0: {OUT} = xf.block_sparse_attention(%q, %k, %v, %one) {{heads=2, scale=0.7, block=16}}
 %o1: {OUT} = xf.block_sparse_attention(%q, %k, %v, %each, %mask) {{heads=2, scale=0.7, block=16}}
 %o2: {OUT} = xf.block_sparse_attention(%q, %k, %v, %each) {{heads=2, scale=0.7, block=16, causal=true}}
 %o3: {OUT} = xf.block_sparse_attention(%q, %k, %v, %one, %mask) {{heads=2, scale=0.7, block=16, causal=true}}
 %o4: {OUT} = xf.block_sparse_attention(%q, %k, %v, %none) {{heads=2, scale=0.7, block=16}}
 %b0: f32[batch,length,length] = aten.matmul.default(%q, %qt)
-%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0, 1)
-%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1], 1)
+%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0) {{dim=1}}
+%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1]) {{dim=1}}
 %o5: {OUT} = xf.block_sparse_attention(%q, %k, %v, %each, %mask, %b1) {{heads=2, scale=0.7, block=16}}
 %o6: {OUT} = xf.block_sparse_attention(%q, %k, %v, %each, none, %b2) {{heads=2, scale=0.7, block=16, causal=true}}
 %o7: {OUT} = xf.block_sparse_attention(%q, %k, %v, %one, none, %b2) {{heads=2, scale=0.7, block=16}}
 """,
     "mra_attention": f"""
-%qt: f32[batch,6,length] = aten.transpose.int(%q, 1, 2)
+%qt: f32[batch,6,length] = aten.transpose.int(%q) {{dim0=1, dim1=2}}
 %b0: f32[batch,length,length] = aten.matmul.default(%q, %qt)
-%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0, 1)
-%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1], 1)
+%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0) {{dim=1}}
+%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1]) {{dim=1}}
 %o0: {OUT} = xf.mra_attention(%q, %k, %v) {{heads=2, scale=0.7, block=16, keep=0.3}}
 %o1: {OUT} = xf.mra_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, block=16, keep=0.3, causal=true}}
 %o2: {OUT} = xf.mra_attention(%q, %k, %v, %mask, %b1) {{heads=2, scale=0.7, block=16, keep=0.5}}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xformopt.analysis import cost
-from xformopt.errors import DataError, PassError
+from xformopt.errors import DataError, PassError, UsageError
 from xformopt.lowering import lower
 from xformopt.passes import build_pass
 from xformopt.passes.sparsify.localize_attention import widest_window
@@ -156,7 +156,7 @@ def test_masks_behind_the_capture_length(encoder: Program) -> None:
     ],
 )
 def test_options_of_masks_that_make_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         build_pass("mask-attention", options)
 
 
@@ -207,7 +207,7 @@ def test_the_most_sensitive_layers_stay_full() -> None:
     # the second attention has no part in the answer
     text = TEXT.replace("%b: ", "%idle: ").replace("(%b, %s)", "(%c, %s)")
     text = text.replace(", %keep, %far) {heads=4, kv_heads=2", ", %keep) {heads=4, kv_heads=2")
-    text = text.replace("%t: ", "%c: f32[batch,length,32] = aten.mul.Tensor(%idle, 0.001)\n%t: ")
+    text = text.replace("%t: ", "%c: f32[batch,length,32] = aten.mul.Tensor(%idle) {other=0.001}\n%t: ")
     program = Program.parse(text.replace("input %far: f32[1,4,length,length]\n", ""), seed=3)
     batches = tuple({name: value for name, value in inputs(n).items() if name != "far"} for n in (40, 24))
     result = build_pass("localize-attention", {"keep": 0.7, "full": 1}).run(program, Context(calibration=batches))
@@ -250,7 +250,7 @@ def test_a_window_is_as_wide_as_its_share(causal: bool) -> None:
     ],
 )
 def test_options_that_make_no_sense(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         build_pass(name, options)
 
 

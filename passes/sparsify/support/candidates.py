@@ -15,17 +15,18 @@ from xformopt.rewrite import Editor
 __all__ = ["bias_refusal", "find_attentions", "longest_of", "refusal", "repeat_heads"]
 
 aten = torch.ops.aten
+_IN_PART = (xf.block_sparse_attention, xf.local_attention, xf.mra_attention)
 
 
 def find_attentions(program: Program) -> list[str]:
-    """Return the names of all attentions in execution order.
+    """Return the names of all attentions in execution order; none where all are computed in part already.
 
     Raises:
-        PassError: there is none.
+        PassError: there is no attention.
 
     """
     found = [node.name for node in program.nodes() if is_call(node, xf.attention)]
-    if not found:
+    if not found and not any(is_call(node, *_IN_PART) for node in program.nodes()):
         raise PassError(
             f"The program {program.name!r} has no attention to compute in part. Looked for xf.attention; its operators "
             f"are others, or were fused by a pass that belongs after this one."

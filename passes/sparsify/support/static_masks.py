@@ -73,7 +73,8 @@ def extend_mask(mask: torch.Tensor, size: int, match: float, *, causal: bool) ->
         return mask[:, :size, :size]
     distances = range(0 if causal else 1 - known, known)
     pool = [_Pattern("distance", number) for number in distances]
-    pool += [_Pattern(kind, number) for kind in (("key",) if causal else ("key", "query")) for number in range(known)]
+    pool += [_Pattern("key", number) for number in range(known)]
+    pool += [_Pattern("query", number) for number in range(0 if causal else known)]
     drawn = torch.stack([pattern.drawn(known, causal=causal) for pattern in pool]).flatten(1).double()  # [P, N * N]
     extended = torch.zeros(heads, size, size, dtype=torch.bool)
     for head in range(heads):

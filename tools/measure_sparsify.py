@@ -1,0 +1,255 @@
+"""What computing a part of attention costs and saves: on trained tasks, and the time alone of long inputs.
+
+    python tools/measure_sparsify.py [MODEL ...] [--rounds N]      writes tools/results/sparsify.json
+
+Every technique computes 25, 12 and 6 % of the attention, at the longest input; none trains.  For each: the task's
+metric on ort-cpu before and after, the FLOPs that are left, and the time beside that of the exact artifact (one run,
+rounds interleaved, two threads, batch 1) at the task's longest input.  ``listops-t5 long`` and ``gpt long`` are timed
+alone, at 2,048 and 4,096 tokens: the first with trained weights, the second with random ones.  Techniques work on the
+lifted program; the exact recipe follows them, as it makes the artifact that they are compared with.  A technique that
+refuses says why.  A model that is in the file already is passed over, unless it is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import xformopt as xo
+from xformopt.analysis import cost
+from xformopt.benchmark import BenchSettings, Candidate, run_bench
+from xformopt.errors import XformoptError
+from xformopt.evaluation import artifact_subject, calibration_of, judge
+from xformopt.lowering.artifact import Artifact
+from xformopt.measure.machine import describe_machine
+from xformopt.measure.statistics import paired_difference
+from xformopt.models.gpt import Gpt, GptConfig
+from xformopt.models.tasks.task import Score, Task
+from xformopt.models.zoo import find_trained
+from xformopt.passes import parse_pass
+from xformopt.pipeline import Pipeline
+from xformopt.pipeline.recipes import load_recipe
+from xformopt.program import Program, example_sizes, sample_inputs
+from xformopt.tasks import task_for
+
+RESULTS = Path(__file__).parent / "results" / "sparsify.json"
+SHARES = (0.25, 0.12, 0.06)
+TECHNIQUES = {
+    "dam": "mask-attention{{keep={keep},block={block}}}",
+    "mra-2": "refine-attention{{keep={keep},block={block}}}",
+    "mra-2-s": "refine-attention{{keep={keep},block={block},coarse=false}}",
+    "masformer, untrained": "localize-attention{{keep={keep}}}",
+}
+BLOCKS = (64, 32, 16, 8, 4, 2)
+FEW = 128
+# of what a share allows, blocks on the diagonal may take this much
+DIAGONAL = 0.75
+LONG = (2048, 4096)
+SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure.
+
+    Attributes:
+        module: What it is.
+        length: The longest input in tokens; 0 where it is fixed.
+        tokens: How many tokens attention meets then.
+        causal: Whether queries see no later keys.
+        timed: The lengths it is timed at.
+        task: What it is judged on, if anything.
+
+    """
+
+    module: nn.Module
+    length: int
+    tokens: int
+    causal: bool
+    timed: tuple[int, ...]
+    task: Task | None = None
+
+
+def trained(name: str, length: int, tokens: int, *, causal: bool = False) -> Subject:
+    """Return a trained model with its task, on the first fold."""
+    model = find_trained(name).on_fold(0)
+    return Subject(
+        model.build(), length, tokens, causal, (length,) if length else (), task_for(model.task, model.label)
+    )
+
+
+def long_listops() -> Subject:
+    """Return a trained encoder for inputs longer than those of its task."""
+    return Subject(find_trained("listops-t5").build(), max(LONG), max(LONG), False, LONG)
+
+
+def long_gpt() -> Subject:
+    """Return a causal model with random weights."""
+    torch.manual_seed(0)
+    config = GptConfig(vocabulary=256, length=max(LONG), width=192, depth=4, heads=3)
+    return Subject(Gpt(config).eval().requires_grad_(False), max(LONG), max(LONG), True, LONG)
+
+
+MODELS = {
+    "digits-vit": lambda: trained("digits-vit", 0, 65),
+    "listops-t5": lambda: trained("listops-t5", 512, 512),
+    "pycode-gpt": lambda: trained("pycode-gpt", 512, 512, causal=True),
+    "recall-llama": lambda: trained("recall-llama", 2048, 2048, causal=True),
+    "listops-t5 long": long_listops,
+    "gpt long": long_gpt,
+}
+
+
+def capture(subject: Subject) -> Program:
+    """Capture a model for inputs up to its longest one."""
+    inputs = subject.module.example_inputs()  # type: ignore[operator]
+    if not subject.length:
+        return xo.capture(subject.module, inputs)
+    axes = {name: {0: "batch", 1: ("length", 1, subject.length)} for name in inputs}
+    return xo.capture(subject.module, inputs, axes)
+
+
+def block_of(subject: Subject, keep: float) -> int:
+    """Return the largest block of which the diagonal leaves room for others; few tokens are cut into small blocks."""
+    for block in BLOCKS if subject.tokens > FEW else BLOCKS[-1:]:
+        count = -(-subject.tokens // block)
+        if (2 / (count + 1) if subject.causal else 1 / count) <= DIAGONAL * keep:
+            return block
+    return BLOCKS[-1]
+
+
+def sizes_at(program: Program, length: int) -> dict[str, int]:
+    """Return batch 1 at a length."""
+    return {**example_sizes(program), "batch": 1, **({"length": length} if length else {})}
+
+
+def build(program: Program, folder: Path) -> Artifact:
+    """Lower a program, with the default forms: those of both sides are then the same."""
+    artifact = xo.lower(program, measure=False)
+    artifact.save(folder, program=False)
+    return artifact
+
+
+def scored(subject: Subject, artifact: Artifact) -> Score | None:
+    """Judge an artifact on the task, if there is one."""
+    return None if subject.task is None else judge(subject.task, artifact_subject(artifact), None).score
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Measure every technique at every share on one model."""
+    subject = MODELS[name]()
+    program = capture(subject)
+    longest = sizes_at(program, subject.length)
+    if subject.task is not None:
+        samples = calibration_of(subject.task, program)
+    else:
+        samples = [sample_inputs(program, longest, seed=seed) for seed in range(SAMPLES)]
+    exact = Pipeline(load_recipe("exact")).run(program, calibration=samples).program
+    flops = cost(exact, longest).flops
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        artifact = build(exact, Path(scratch) / "exact")
+        reached = scored(subject, artifact)
+        candidates = [Candidate("exact", "ort-cpu", Path(scratch) / "exact", flops=flops)]
+        for label, text in passes_for(subject):
+            try:
+                technique = parse_pass(text)
+                result = Pipeline([technique, *load_recipe("exact")]).run(program, calibration=samples)
+                record = next(record for record in result.history if record.name == technique.name)
+                if not record.changed:
+                    raise XformoptError("; ".join(reason for reason, _ in record.rejected))
+                folder = Path(scratch) / f"{len(rows)}"
+                row = describe(subject, reached, scored(subject, build(result.program, folder)))
+            except XformoptError as error:
+                rows[label] = {"pass": text, "refused": str(error)}
+            else:
+                left = cost(result.program, longest).flops
+                rows[label] = {"pass": text, "flops_left": left / flops, "notes": list(record.notes), **row}
+                candidates.append(Candidate(label, "ort-cpu", folder, flops=left, max_relative_l2=float("inf")))
+            print(name, label, {key: value for key, value in rows[label].items() if key != "pass"}, flush=True)
+        for length in subject.timed or (0,):
+            inputs = sample_inputs(program, sizes_at(program, length), seed=1)
+            for label, row in timed(exact, candidates, inputs, name, rounds).items():
+                rows.setdefault(label, {}).setdefault("timed", {})[str(length or subject.tokens)] = row
+                print(name, length, label, row, flush=True)
+    found: dict[str, Any] = {"techniques": rows, "flops": flops, "tokens": subject.tokens}
+    if subject.task is not None and reached is not None:
+        found |= {"task": subject.task.name, "metric": subject.task.metric, "exact": reached.value}
+        found |= {"higher_is_better": subject.task.higher_is_better, "count": reached.count}
+    return found
+
+
+def passes_for(subject: Subject) -> Iterator[tuple[str, str]]:
+    """Yield each technique at each share, with the pass it is."""
+    for label, text in TECHNIQUES.items():
+        for keep in SHARES:
+            yield f"{label} {keep:.0%}", text.format(keep=keep, block=block_of(subject, keep))
+
+
+def describe(subject: Subject, exact: Score | None, score: Score | None) -> dict[str, Any]:
+    """Return what an artifact reaches, beside what the exact one does on the same items."""
+    if exact is None or score is None:
+        return {}
+    weights = None if score.weights is None else score.weights.tolist()
+    found = paired_difference(exact.items.tolist(), score.items.tolist(), weights)
+    interval = None if found is None else [found.low, found.high]
+    difference = score.value - exact.value
+    return {"value": score.value, "difference": difference, "difference_ci95": interval, "details": score.details}
+
+
+def timed(
+    exact: Program, candidates: Sequence[Candidate], inputs: Mapping[str, torch.Tensor], source: str, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Time all artifacts in one run; speed-ups are over the exact one."""
+    arrays = {key: value.numpy() for key, value in inputs.items()}
+    reference = {key: value.numpy() for key, value in exact.run(dict(inputs)).items()}
+    settings = BenchSettings(threads=2, rounds=rounds, round_seconds=0.2, over="exact")
+    rows: dict[str, dict[str, Any]] = {}
+    for run in run_bench(candidates, arrays, reference, settings=settings, source=source).runs:
+        row: dict[str, Any] = {"p50_ms": run.latency_ms.p50 if run.latency_ms else None, "error": run.error}
+        if run.speedup is not None:
+            row["speedup"] = run.speedup.model_dump()
+        rows[run.name] = row
+    return rows
+
+
+def measured() -> dict[str, Any]:
+    """Return what the file of results holds so far, by model."""
+    models: dict[str, Any] = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
+    return models
+
+
+def write(name: str, entry: Mapping[str, Any]) -> None:
+    """Put a model into the file."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    text = {
+        "schema": "xformopt/sparsify/1",
+        "machine": vars(describe_machine()),
+        "models": {**measured(), name: entry},
+    }
+    RESULTS.write_text(json.dumps(text, indent=1, default=str) + "\n")
+
+
+def main() -> None:
+    """Measure the models named on the command line, or all that have not been measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=[], metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    if unknown := [name for name in options.models if name not in MODELS]:
+        sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(MODELS)}.")
+    for name in options.models or [name for name in MODELS if name not in measured()]:
+        write(name, measure(name, options.rounds))
+
+
+if __name__ == "__main__":
+    main()
