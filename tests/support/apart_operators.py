@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TESTED_APART = {
     "attention",
+    "attention_packed",
     "attention_received",
     "attention_values",
     "attention_weights",
@@ -22,6 +23,8 @@ TESTED_APART = {
     "manhattan_attention",
     "match_tokens",
     "merge_tokens",
+    "pack_tokens",
+    "plan_packing",
     "prefix_scan_attention",
     "rank_tokens",
     "restore_tokens",
@@ -35,5 +38,6 @@ TESTED_APART = {
     "ternary_weight",
     "toeplitz_attention",
     "transform_tokens",
+    "unpack_tokens",
     "xca",
 }
