@@ -70,17 +70,21 @@ def padded(b: Builder, node: XfNode) -> ir.Value:
 
     starts = _starts(b, node)
     lengths = b.op("Sub", _ends(b, node), starts)
-    longest = b.op("ReduceMax", lengths, keepdims=1)
+    # a batch of padding alone: products over no tokens at all are not defined in every runtime
+    longest = b.op("Max", b.op("ReduceMax", lengths, keepdims=1), b.constant([1], np.int64))
     steps = ascending(b, b.constant(0, np.int64), longest)
     column = b.constant([1], np.int64)
     is_token = b.op("Less", steps, b.op("Unsqueeze", lengths, column))  # [B, M]
     is_key = is_token if node["keys"] is None else b.op("Less", steps, b.op("Unsqueeze", node["keys"], column))
-    last = b.op("Sub", b.op("Shape", node["q"], start=1, end=2), column)
-    places = b.op("Min", b.op("Add", b.op("Unsqueeze", starts, column), steps), last)
+    # what lies behind the last token is one more row, of zeros
+    behind = b.op("Shape", node["q"], start=1, end=2)
+    places = b.op("Min", b.op("Add", b.op("Unsqueeze", starts, column), steps), behind)
     first = b.constant([0], np.int64)
     operands = []
     for name in ("q", "k", "v"):
-        rows = b.op("Gather", b.op("Squeeze", node[name], first), places, axis=0)
+        zeros = b.op("Expand", b.scalar(0.0, node[name]), b.constant([1, node.size(name, 2)], np.int64))
+        tokens = b.op("Concat", b.op("Squeeze", node[name], first), zeros, axis=0)
+        rows = b.op("Gather", tokens, places, axis=0)
         rows.shape, rows.type = ir.Shape(["sequences", "longest", node.size(name, 2)]), node[name].type
         operands.append(rows)
     width = node["heads"] * node.size("v", 2) // node["kv_heads"]
