@@ -53,6 +53,7 @@ def padding_behind(program: Program, mask: fx.Node) -> PaddingMask | str:
         drawn.append(torch.randint(0, 2, tuple(shape), generator=generator))
         return drawn[-1]
 
+    means: str | None = None
     for _ in range(3):
         found = evaluate_mask(program, region, draw)
         if found is None:
@@ -61,4 +62,5 @@ def padding_behind(program: Program, mask: fx.Node) -> PaddingMask | str:
         means = next((name for name, agrees in meanings.items() if bool(agrees.all())), None)
         if means is None:
             return f"%{mask.name} says more of a position than whether {source} marks it as padding"
+    assert means is not None
     return source, means

@@ -20,4 +20,5 @@ def unpack_tokens(x: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> 
 
     """
     B, T = mask.shape
-    return x.new_zeros(B * T, x.shape[2]).index_copy(0, places, x[0]).unflatten(0, (B, T))
+    rows = x.new_zeros(B * T, x.shape[2]).index_copy(0, places, x[0])
+    return rows.view(B, T, x.shape[2])

@@ -120,7 +120,8 @@ class _Packer:
         def packed(argument: fx.Node) -> Any:
             return self._packed(argument) if argument in held else argument
 
-        args, kwargs = fx.map_arg(node.args, packed), fx.map_arg(node.kwargs, packed)
+        args: Any = fx.map_arg(node.args, packed)
+        kwargs: Any = fx.map_arg(node.kwargs, packed)
         return self.editor.call(node.target, *args, **kwargs)
 
     def _unpack(self, value: fx.Node, readers: list[fx.Node]) -> None:
