@@ -34,6 +34,7 @@ class Operator:
         infer: The shape rule: same arguments on fake tensors, returns empty tensors.
         flops: Floating-point operations, one multiply-add = 2, from (fake or real) arguments; may be symbolic.
         level: ``lifted`` where a paper would draw one box, ``target`` for fused, packed and quantized forms.
+        has_data_sizes: Whether the result has sizes that depend on data (at most the first operand's elements).
 
     """
 
@@ -43,6 +44,7 @@ class Operator:
     infer: Callable[..., Any]
     flops: Callable[..., Any]
     level: Literal["lifted", "target"] = "lifted"
+    has_data_sizes: bool = False
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -86,7 +88,8 @@ def find_operator(target: object) -> Operator | None:
 
 def _register(operator: Operator) -> None:
     name = f"xf::{operator.name}"
-    _LIBRARY.define(operator.name + operator.schema)
+    tags = (torch.Tag.dynamic_output_shape,) if operator.has_data_sizes else ()
+    _LIBRARY.define(operator.name + operator.schema, tags=tags)
     for backend in ("CPU", "CUDA"):
         _LIBRARY.impl(operator.name, operator.reference, backend)
     torch.library.register_fake(name, operator.infer, lib=_LIBRARY)

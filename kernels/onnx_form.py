@@ -150,7 +150,7 @@ class Builder:
         """
         import onnx_ir as ir
 
-        inner = Builder(ir.Graph([], [], nodes=[], name="step"), self.derived, _path=self._path, _around=self)
+        inner = self._inside()
         entries = [ir.Value(name=f"in.{i}", type=value.type) for i, value in enumerate([*states, *items])]
         inner.graph.inputs.extend(entries)
         kept, results = body(inner, entries[: len(states)], entries[len(states) :])
@@ -160,9 +160,7 @@ class Builder:
             leaving.append(inner.op("Identity", value) if value in entries or value in leaving else value)
         for value, like in zip(leaving, [*states, *(items[0] for _ in results)], strict=True):
             value.type = like.type
-        inner.graph.outputs.extend(leaving)
-        for number, value in enumerate(value for node in inner.graph for value in node.outputs):
-            value.name = f"step.{number}"
+        inner._finish(*leaving)
         outputs = self.ops(
             "Scan",
             *states,
@@ -176,6 +174,66 @@ class Builder:
         for value, like in zip(outputs, leaving, strict=True):
             value.type = like.type
         return list(outputs[: len(states)]), list(outputs[len(states) :])
+
+    def collect(
+        self, body: Callable[[Builder, ir.Value], ir.Value], count: ir.Value, *, like: ir.Value, axis: int
+    ) -> ir.Value:
+        """Emit one ``Loop``: what ``body`` makes of each number below ``count``, put end to end along an axis.
+
+        Args:
+            body: Given a builder and the number, emits the nodes of one turn and returns their result, whose size
+                along ``axis`` may differ from turn to turn; it may read any value around it.
+            count: How often, an int64 without axes, at least 1.
+            like: Has the type of the results.
+            axis: The axis along which they are joined.
+
+        """
+        import onnx_ir as ir
+
+        inner = self._inside()
+        number, goes_on, before = (ir.Value(name=f"{inner.graph.name}.in.{i}") for i in range(3))
+        number.shape = goes_on.shape = ir.Shape([])
+        number.type, goes_on.type = ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.BOOL)
+        assert like.type is not None
+        before.type = ir.SequenceType(like.type)
+        inner.graph.inputs.extend((number, goes_on, before))
+        after = inner.op("SequenceInsert", before, body(inner, number))
+        going = inner.op("Identity", goes_on)
+        after.type, going.type, going.shape = before.type, goes_on.type, goes_on.shape
+        inner._finish(going, after)
+        results = self.op("Loop", count, None, self.op("SequenceEmpty", dtype=like.dtype), body=inner.graph)
+        return self.op("ConcatFromSequence", results, axis=axis)
+
+    def either(
+        self,
+        condition: ir.Value,
+        then: Callable[[Builder], ir.Value],
+        otherwise: Callable[[Builder], ir.Value],
+        *,
+        like: ir.Value,
+    ) -> ir.Value:
+        """Emit one ``If``, whose branches return values of the type of ``like``."""
+        branches = []
+        for label, emit in (("then", then), ("else", otherwise)):
+            branch = self._inside(label)
+            value = emit(branch)
+            value.type = like.type
+            branch._finish(value)
+            branches.append(branch.graph)
+        return self.op("If", condition, then_branch=branches[0], else_branch=branches[1])
+
+    def _inside(self, label: str = "step") -> Builder:
+        """Return the builder of a graph inside this one; names in it are unlike those around it."""
+        import onnx_ir as ir
+
+        name = label if self._around is None else f"{self.graph.name}.{label}"
+        return Builder(ir.Graph([], [], nodes=[], name=name), self.derived, _path=self._path, _around=self)
+
+    def _finish(self, *leaving: ir.Value) -> None:
+        """Name what the inner graph computes, and what leaves it."""
+        self.graph.outputs.extend(leaving)
+        for number, value in enumerate(value for node in self.graph for value in node.outputs):
+            value.name = f"{self.graph.name}.{number}"
 
     def xf(
         self, operator: str, *inputs: ir.Value | None, like: ir.Value, width: int | None = None, **attributes: Any

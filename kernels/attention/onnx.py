@@ -16,7 +16,7 @@ from xformopt.kernels.onnx_form import CONTRIB, Builder, Form, Verdict, XfNode
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["FORMS", "values_of", "weights_of"]
+__all__ = ["FORMS", "repeated", "values_of", "weights_of"]
 
 # far below any logit, and far enough above the lowest number that a sum stays finite
 _HIDDEN = {2: -3.0e4, 4: -1.0e30, 8: -1.0e30}
@@ -54,8 +54,8 @@ def multi_head_attention(b: Builder, node: XfNode) -> ir.Value:
     return b.op(
         "MultiHeadAttention",
         node["q"],
-        _repeated(b, node, "k"),
-        _repeated(b, node, "v"),
+        repeated(b, node, "k"),
+        repeated(b, node, "v"),
         None,
         None if key_mask is None else b.op("Cast", key_mask, to=_INT32),
         _added(b, node, None if is_causal else _positions(b, node)),
@@ -127,7 +127,7 @@ def values_of(b: Builder, node: XfNode) -> ir.Value:
 
 def _weighted(b: Builder, node: XfNode, weights: ir.Value) -> ir.Value:
     """Return ``weights v`` per head, ``[B, H, T, E]``."""
-    v = _repeated(b, node, "v")
+    v = repeated(b, node, "v")
     return b.op("MatMul", weights, _split_heads(b, v, node["heads"], _depth(node, "v"), [0, 2, 1, 3]))
 
 
@@ -135,7 +135,7 @@ def _softmax(b: Builder, node: XfNode, visible: ir.Value | None) -> ir.Value:
     heads, depth = node["heads"], _depth(node, "k")
     scaled = b.op("Mul", node["q"], b.scalar(node["scale"], node["q"]))
     queries = _split_heads(b, scaled, heads, depth, [0, 2, 1, 3])  # [B, H, T, D]
-    keys = _split_heads(b, _repeated(b, node, "k"), heads, depth, [0, 2, 3, 1])  # [B, H, D, S]
+    keys = _split_heads(b, repeated(b, node, "k"), heads, depth, [0, 2, 3, 1])  # [B, H, D, S]
     logits = b.op("MatMul", queries, keys)
     for term in _terms(b, node, visible):
         logits = b.op("Add", logits, term)
@@ -179,7 +179,7 @@ def _always_sees_a_key(node: XfNode) -> bool:
     return node["key_mask"] is None and node.shape("q")[1] == node.shape("k")[1]
 
 
-def _repeated(b: Builder, node: XfNode, name: str) -> ir.Value:
+def repeated(b: Builder, node: XfNode, name: str) -> ir.Value:
     """Return keys or values with one head for each query head."""
     kv_heads, group = node["kv_heads"], node["heads"] // node["kv_heads"]
     value: ir.Value = node[name]

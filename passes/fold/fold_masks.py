@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
 
 from xformopt.match import arguments, call_with, is_call, xf
+from xformopt.passes.masks import evaluate_mask
 from xformopt.pipeline import Context, RewritePass
-from xformopt.program import Program, shape_of
-from xformopt.rewrite import Editor, Region, Reject, Rule, trace_region
+from xformopt.program import Program
+from xformopt.rewrite import Editor, Reject, Rule, trace_region
 
 __all__ = ["FoldMasks"]
 
@@ -58,24 +60,9 @@ def _refusal(editor: Editor, mask: fx.Node, stated: bool) -> Reject | None:
     if len(region.inputs) != 1:
         what = ", ".join(region.inputs) or "no input"
         return Reject(f"the mask depends on {what}, not on one mask input alone")
-    kept, padded = (_evaluate(editor.program, region, fill) for fill in (1, 0))
+    kept, padded = (evaluate_mask(editor.program, region, partial(torch.full, fill_value=fill)) for fill in (1, 0))
     if kept is None or padded is None:
         return Reject(f"the input {region.inputs[0]} is no mask")
     if {bool(kept.all()), bool(padded.all())} != {True, False} or bool(kept.any()) == bool(padded.any()):
         return Reject(f"the mask does not keep all tokens where {region.inputs[0]} marks none as padding")
     return None
-
-
-def _evaluate(program: Program, region: Region, fill: int) -> torch.Tensor | None:
-    """Return the mask where its input is ``fill`` everywhere; None for an input that is no mask."""
-    node = next(n for n in program.graph.nodes if n.name == region.inputs[0])
-    value = node.meta["val"]
-    if value.is_floating_point() or value.dim() != 2:
-        return None
-    hints = {dim.name: min(dim.high or 7, max(dim.low, 3 + 2 * i)) for i, dim in enumerate(program.dims)}
-    shape = [program.dims.evaluate(size, hints) for size in shape_of(program, node)]
-    module = fx.GraphModule(dict(region.parameters), region.graph)
-    with torch.no_grad():
-        (mask,) = module(torch.full(shape, fill, dtype=value.dtype))
-    assert isinstance(mask, torch.Tensor)
-    return mask != 0

@@ -21,7 +21,8 @@ from xformopt.match import xf
 from xformopt.passes.tokens.support.token_flow import Flow, Reducer
 from xformopt.passes.tokens.support.token_reduction import TokenReduction
 from xformopt.passes.tokens.support.token_scores import Dropping, Judge, attention_scores
-from xformopt.passes.tokens.support.token_stream import RefusalError, TokenLayer, TokenStream
+from xformopt.passes.tokens.support.token_stream import TokenLayer, TokenStream
+from xformopt.passes.tokenwise import RefusalError
 from xformopt.pipeline import Context
 from xformopt.program import Program
 

@@ -26,7 +26,7 @@ from torch import fx
 from xformopt.errors import DataError
 from xformopt.kernels.patch_embedding.resize import resize_kernel, resize_positions
 from xformopt.match import arguments, is_call, xf
-from xformopt.passes.tokens.support.token_stream import RefusalError, is_tokenwise, place_of
+from xformopt.passes.tokenwise import RefusalError, is_tokenwise, place_of
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program, infer_value, shape_of
 from xformopt.program.text import target_name

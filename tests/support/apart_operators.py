@@ -6,6 +6,7 @@ from __future__ import annotations
 STRAIGHT_THROUGH = {"quantized_linear"}
 TESTED_APART = {
     "attention",
+    "attention_packed",
     "attention_received",
     "attention_values",
     "attention_weights",
@@ -26,6 +27,8 @@ TESTED_APART = {
     "match_tokens",
     "merge_tokens",
     "mra_attention",
+    "pack_tokens",
+    "plan_packing",
     "prefix_scan_attention",
     "rank_tokens",
     "restore_tokens",
@@ -41,5 +44,6 @@ TESTED_APART = {
     "toeplitz_attention",
     "transform_tokens",
     "update_tokens",
+    "unpack_tokens",
     "xca",
 }

@@ -152,6 +152,7 @@ def _view(node: ir.Node) -> XfNode:
 
 def _clean_up(model: ir.Model) -> None:
     """Merge equal nodes, drop unused ones, keep residual sums apart from norms, and name nodes by their place."""
+    import onnx_ir as ir
     from onnx_ir.passes import common
 
     common.CommonSubexpressionEliminationPass()(model)
@@ -160,7 +161,8 @@ def _clean_up(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
     _name_nodes(model.graph)
     model.opset_imports.clear()
-    model.opset_imports.update({"": OPSET, **{node.domain: 1 for node in model.graph if node.domain}})
+    domains = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain}
+    model.opset_imports.update({"": OPSET, **dict.fromkeys(sorted(domains), 1)})
 
 
 def _keep_residuals_apart(graph: ir.Graph) -> None:

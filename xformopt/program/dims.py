@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
 from xformopt.errors import ProgramError
 
@@ -54,6 +54,9 @@ class Dims:
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._sizes: dict[str, torch.SymInt] = {}
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
+        # sizes that depend on data: the largest each can be, and the values they were met in
+        self._largest: dict[sympy.Symbol, Size] = {}
+        self._met: dict[Hashable, tuple[object, object]] = {}
         for index, dim in enumerate(self._dims.values()):
             self._add(dim, index)
 
@@ -119,11 +122,35 @@ class Dims:
         """Return the shape of a fake tensor in dimension names."""
         return tuple(self.expression(size) for size in value.shape)
 
+    def remember(self, key: Hashable, held: object, largest: torch.SymInt | int, compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` infers for an operator whose result has sizes that depend on data.
+
+        The same operator on the same values has the same sizes, however often it is inferred.
+
+        Args:
+            key: What is inferred: the operator, its operands by identity, its attributes.
+            held: What must live on for ``key`` to stay unique.
+            largest: What such a size is at most.
+            compute: Infers the result, with sizes of its own.
+
+        """
+        if key not in self._met:
+            value = compute()
+            self._met[key] = (held, value)
+            for symbol in free_unbacked_symbols(value):
+                self._largest.setdefault(symbol, self.expression(largest))
+        return self._met[key][1]
+
     def evaluate(self, size: Size, sizes: Mapping[str, int]) -> int:
-        """Return the value of ``size`` where every dimension has the given size."""
+        """Return the value of ``size`` where every dimension has the given size.
+
+        A size that depends on data counts as the largest it can be.
+        """
         if isinstance(size, int):
             return size
-        return int(size.subs({sympy.Symbol(n, integer=True, positive=True): v for n, v in sizes.items()}))
+        return int(
+            size.subs(self._largest).subs({sympy.Symbol(n, integer=True, positive=True): v for n, v in sizes.items()})
+        )
 
     def specialized(self) -> dict[str, Size]:
         """Return the dimensions that shape inference found to be fixed or tied, with what they equal."""

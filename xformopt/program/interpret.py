@@ -74,7 +74,17 @@ def infer_value(program: Program, node: fx.Node) -> Any:
 
     args = fx.map_arg(node.args, known)
     kwargs = fx.map_arg(node.kwargs, known)
-    assert callable(node.target)
+    if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+        operands = [known(argument) for argument in node.all_input_nodes]
+        key = (node.target, str(fx.map_arg((node.args, node.kwargs), lambda argument: id(known(argument)))))
+        return program.dims.remember(
+            key, operands, operands[0].numel(), lambda: _infer(program, node.target, args, kwargs)
+        )
+    return _infer(program, node.target, args, kwargs)
+
+
+def _infer(program: Program, target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    assert callable(target)
     # without the dispatcher, some operators (pad, interpolate) are inferred in C++, which fixes every size it meets
     with program.dims.mode, enable_python_dispatcher():
-        return node.target(*args, **kwargs)
+        return target(*args, **kwargs)

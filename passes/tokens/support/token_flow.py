@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, xf
-from xformopt.passes.tokens.support.token_stream import RefusalError, TokenLayer, TokenStream, find_stream, is_tokenwise
+from xformopt.passes.tokens.support.token_stream import TokenLayer, TokenStream, find_stream
+from xformopt.passes.tokenwise import RefusalError, is_tokenwise
 from xformopt.program import Program, infer_value, path_of, value_of
 from xformopt.program.text import target_name
 from xformopt.rewrite import Editor

@@ -13,7 +13,8 @@ from xformopt.analysis import cost
 from xformopt.errors import PassError
 from xformopt.passes.fuse.fuse_add_norm import FuseAddNorm
 from xformopt.passes.tokens.support.token_flow import Reducer, shorten
-from xformopt.passes.tokens.support.token_stream import RefusalError, TokenStream, find_stream, place_of, plain
+from xformopt.passes.tokens.support.token_stream import TokenStream, find_stream, plain
+from xformopt.passes.tokenwise import RefusalError, place_of
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Level, Program
 from xformopt.rewrite import Fired, Region, Rejected

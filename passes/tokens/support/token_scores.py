@@ -9,7 +9,8 @@ from torch import fx
 
 from xformopt.match import arguments, is_call, xf
 from xformopt.passes.tokens.support.token_flow import Flow, Reducer
-from xformopt.passes.tokens.support.token_stream import RefusalError, TokenLayer
+from xformopt.passes.tokens.support.token_stream import TokenLayer
+from xformopt.passes.tokenwise import RefusalError
 from xformopt.program import infer_value
 from xformopt.program.text import target_name
 

@@ -7,7 +7,7 @@ norm is part of the stream (Vaswani et al.'s order).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -16,30 +16,18 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, operand, xf
-from xformopt.program import Program, path_of, shape_of
+from xformopt.passes.tokenwise import NORMS, RefusalError, is_tokenwise, tokens_of, xf_name
+from xformopt.program import Program, shape_of
 from xformopt.program.dims import Size
 from xformopt.program.text import target_name
 from xformopt.rewrite import Editor
 
-__all__ = ["RefusalError", "TokenLayer", "TokenStream", "find_stream", "is_tokenwise", "place_of", "plain", "tokens_of"]
+__all__ = ["TokenLayer", "TokenStream", "find_stream", "plain"]
 
 aten = torch.ops.aten
 
-_NORMS = frozenset({"layer_norm", "rms_norm"})
-_ADDED_NORMS = frozenset({"add_layer_norm", "add_rms_norm"})
-_TOKENWISE = frozenset({"linear", "linear_activation", "activation", "glu", "quantized_linear", "weight_only_linear"})
 _SHORTENING = frozenset({"match_tokens", "rank_tokens", "transform_tokens"})
 _APART: dict[object, Any] = {xf.add_layer_norm: xf.layer_norm, xf.add_rms_norm: xf.rms_norm}
-_COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.contiguous.default})
-_ALONG = frozenset({aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.cat.default})
-
-
-class RefusalError(Exception):
-    """A program that has no stream of tokens, or cannot be shortened: the value that shows it, and why."""
-
-    def __init__(self, node: fx.Node | None, reason: str) -> None:
-        super().__init__(reason)
-        self.node, self.reason = node, reason
 
 
 @dataclass(frozen=True)
@@ -104,8 +92,8 @@ def find_stream(program: Program) -> TokenStream:
         RefusalError: what was looked for is not there.
 
     """
-    if found := [node for node in program.nodes() if _name(node) in _SHORTENING]:
-        raise RefusalError(found[0], f"its tokens are already fewer: there is xf.{_name(found[0])}")
+    if found := [node for node in program.nodes() if xf_name(node) in _SHORTENING]:
+        raise RefusalError(found[0], f"its tokens are already fewer: there is xf.{xf_name(found[0])}")
     attentions = [node for node in program.nodes() if is_call(node, xf.attention)]
     if not attentions:
         raise RefusalError(None, "there is no xf.attention, and so nothing that says how tokens relate")
@@ -115,39 +103,6 @@ def find_stream(program: Program) -> TokenStream:
         raise RefusalError(attentions[-1], "its layers do not share one mask of padding")
     layers = _layers(program, attentions, length)
     return TokenStream(layers, length, _prefix(program, layers, length), masks.pop())
-
-
-def tokens_of(program: Program, node: fx.Node) -> Size | None:
-    """Return the size of axis 1 of a floating-point value ``[B, T, C]``, or None for any other value."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dim() != 3 or not value.is_floating_point():
-        return None
-    return shape_of(program, node)[1]
-
-
-def is_tokenwise(node: fx.Node, tokens: Iterable[fx.Node]) -> bool:
-    """Whether ``node`` computes each token from itself alone, given which of its operands hold tokens ``[B, T, C]``."""
-    held = set(tokens)
-    others = [a for a in node.all_input_nodes if a not in held]
-    if _name(node) in _NORMS | _TOKENWISE | _ADDED_NORMS:
-        return node.args[0] in held and all(other.op == "get_attr" for other in others)
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return target_name(node.target) == "size.getitem" and not others
-    if node.target in _COPIES:
-        return True
-    if node.target in _ALONG:
-        return arguments(node)["dim"] in (2, -1) and not others
-    return torch.Tag.pointwise in node.target.tags and all(map(_is_for_every_token, others))
-
-
-def _name(node: fx.Node) -> str:
-    is_ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "xf"
-    return str(node.target._opname) if is_ours else ""  # type: ignore[union-attr]
-
-
-def _is_for_every_token(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and (value.dim() < 2 or value.shape[-2] == 1)
 
 
 def _check_attention(program: Program, node: fx.Node, length: Size) -> fx.Node | None:
@@ -217,7 +172,7 @@ def _holds_tokens(node: fx.Node) -> bool:
 def _behind_norm(program: Program, node: fx.Node, order: dict[fx.Node, int], last_read: dict[fx.Node, int]) -> fx.Node:
     """Return the norm that alone reads ``node``, where it is the stream itself; else ``node``."""
     users = [user for user in node.users if user.op != "output"]
-    if len(users) == 1 and _name(users[0]) in _NORMS and _is_cut(program, users[0], order, last_read):
+    if len(users) == 1 and xf_name(users[0]) in NORMS and _is_cut(program, users[0], order, last_read):
         return users[0]
     return node
 
@@ -269,8 +224,3 @@ def _is_stored(node: fx.Node) -> bool:
     while is_call(node, aten.expand.default, aten.repeat.default):
         node = node.args[0]  # type: ignore[assignment]
     return node.op == "get_attr"
-
-
-def place_of(node: fx.Node | None) -> str:
-    """Return where a value is, for a report."""
-    return "" if node is None else path_of(node) or node.name
