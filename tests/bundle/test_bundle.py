@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,7 @@ import pytest
 from xformopt.bundle.pack import write_bundle
 from xformopt.bundle.runner.__main__ import main
 from xformopt.bundle.runner.contents import read_contents
+from xformopt.cli import main as command_line
 from xformopt.errors import ArtifactError, OutputError, UsageError
 from xformopt.report.schema import BenchReport
 
@@ -178,6 +180,29 @@ def test_what_cannot_be_bundled(
     with pytest.raises(error, match=reason):
         write_bundle([artifacts / name for name in names], tmp_path / "bundle.zip", **sizes)  # type: ignore[arg-type]
     assert not (tmp_path / "bundle.zip").exists()
+
+
+def test_artifacts_of_fixed_size_decide(artifacts: Path, tmp_path: Path) -> None:
+    fixed = tmp_path / "fixed"
+    shutil.copytree(artifacts / "whole", fixed)
+    manifest = json.loads((fixed / "artifact.json").read_text())
+    manifest["dims"] = [{"name": name, "low": size, "high": size} for name, size in (("batch", 1), ("length", 7))]
+    (fixed / "artifact.json").write_text(json.dumps(manifest))
+    made = write_bundle([artifacts / "whole", fixed], tmp_path / "bundle.zip")
+    with zipfile.ZipFile(made.path) as archive:
+        archive.extractall(tmp_path / "out")
+    assert read_contents(tmp_path / "out").inputs["ids"].shape == (1, 7)
+    with pytest.raises(UsageError, match="length would have to be 7 and 8 at once"):
+        write_bundle([fixed], tmp_path / "other.zip", length=8)
+
+
+def test_the_command_says_how_to_run_it(artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bundle.zip"
+    assert command_line(["bundle", str(artifacts / "bare"), "-o", str(path)]) == 0
+    said = capsys.readouterr()
+    assert "python -m runner" in said.out
+    assert "no artifact holds its original" in said.err
+    assert path.is_file()
 
 
 def test_a_bundle_that_exists_is_kept(artifacts: Path, tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ def _data_of(
     for artifact in artifacts:
         if (artifact.folder / "program").is_dir():
             original = artifact.original()
-            inputs = chosen_inputs(original, batch, length, seed=seed)
+            sizes = [_size(artifacts, name, wanted) for name, wanted in (("batch", batch), ("length", length))]
+            inputs = chosen_inputs(original, *sizes, seed=seed)
             known = reference_of(original, inputs)
             arrays = {name: value.numpy() for name, value in inputs.items()}
             return _Data(arrays, known.outputs, known.valid, "given", known.flops, known.bytes_moved), []
@@ -186,6 +187,19 @@ def _data_of(
     inputs_, outputs = ({name: value.numpy() for name, value in part.items()} for part in stored)
     note = f"no artifact holds its original: fidelity is to what {candidates[0].name} should compute"
     return _Data(inputs_, outputs, {}, candidates[0].name), [note]
+
+
+def _size(artifacts: Sequence[Artifact], name: str, wanted: int | None) -> int | None:
+    """Return the size of a dimension that artifacts are fixed to, or else the one that is wanted."""
+    fixed = {dim.low for each in artifacts for dim in each.manifest.dims if dim.name == name and dim.low == dim.high}
+    if wanted is not None:
+        fixed.add(wanted)
+    if len(fixed) > 1:
+        raise UsageError(
+            f"The {name} would have to be {' and '.join(map(str, sorted(fixed)))} at once: artifacts were compiled for "
+            f"fixed sizes. Lower them for the same ones, and leave --{name} out."
+        )
+    return fixed.pop() if fixed else None
 
 
 def _describe(candidate: Candidate, folder: str, data: _Data) -> dict[str, Any]:

@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 # this package is `runner` in a bundle, and lies elsewhere in the tree it was made from
-_PACKAGE = __spec__.parent if __spec__ is not None else "runner"
+_PACKAGE = read_contents.__module__.rpartition(".")[0]
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = _ROOT) -> int:
