@@ -73,7 +73,9 @@ def trace(program: Program, inputs: Mapping[str, torch.Tensor]) -> Traced:
 
     tensors = [*given, *program.parameters.values()]
     with torch.no_grad():
-        traced = make_fx(run, decomposition_table=core_aten_decompositions(), tracing_mode="fake")(*tensors)
+        # the table is typed by the base class of operators
+        table: Any = core_aten_decompositions()
+        traced = make_fx(run, decomposition_table=table, tracing_mode="fake")(*tensors)
     traced.graph.eliminate_dead_code()
     placeholders = traced.graph.find_nodes(op="placeholder")
     parameters = dict(zip(placeholders[len(given) :], program.parameters.values(), strict=True))
