@@ -34,7 +34,7 @@ from xformopt.analysis import cost
 from xformopt.benchmark import BenchSettings, Candidate, run_bench
 from xformopt.lowering import open_runner
 from xformopt.lowering.openvino import OpenVinoSession
-from xformopt.lowering.runners import OpenVinoRunner
+from xformopt.lowering.session_runner import SessionRunner
 from xformopt.measure.runner import Runner
 from xformopt.passes import parse_pass
 from xformopt.pipeline import Pipeline
@@ -56,15 +56,12 @@ OURS = {
 }
 
 
-class IrRunner(OpenVinoRunner):
+class IrRunner(SessionRunner):
     """OpenVINO's own format, which no target of ours writes."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
-        self._session = OpenVinoSession(path, threads=threads)
-        self.precision = "int8"
-        self.input_names, self.output_names = self._session.input_names, self._session.output_names
-        self.size_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
-        self.fallbacks = []
+        # the weights lie beside it under the same stem
+        super().__init__("openvino-cpu", OpenVinoSession(path, threads=threads), path.with_suffix(""), "int8")
 
 
 def open_any(target: str, path: Path, *, threads: int, profile_to: Path | None = None) -> Runner:

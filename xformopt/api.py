@@ -22,7 +22,7 @@ from xformopt.comparison import (
     measured_times,
     unique_names,
 )
-from xformopt.errors import MeasurementError
+from xformopt.errors import MeasurementError, UsageError
 from xformopt.evaluation import (
     Evaluation,
     artifact_subject,
@@ -241,6 +241,8 @@ def export(
 
     """
     is_file = Path(output).suffix == ".onnx"
+    if is_file and target.startswith("tvm-"):
+        raise UsageError(f"The target {target} writes a shared library, not ONNX. Name a folder instead of {output}.")
     check_output(output, overwrite, marker=None if is_file else "artifact.json")
     made = optimize(
         model,

@@ -1,6 +1,6 @@
 """Owns the process in which one candidate of a benchmark lives: loads, checks parity, runs rounds on demand.
 
-Spoken to in JSON lines by `xformopt.benchmark`. Standard output is the channel; what libraries print there goes
+Spoken to in JSON lines by `measure.contest`. Standard output is the channel; what libraries print there goes
 to standard error instead.
 """
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASELINES",
+    "Reference",
     "add_baselines",
     "artifact_candidate",
     "check_target",
@@ -33,6 +34,7 @@ __all__ = [
     "measured_times",
     "onnx_candidate",
     "onnx_inputs",
+    "reference_of",
     "unique_names",
 ]
 
@@ -113,7 +115,7 @@ def unique_names(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 @dataclass(frozen=True)
-class _Reference:
+class Reference:
     """What the original computes, which positions count, and what computing it costs."""
 
     outputs: dict[str, Array]
@@ -138,7 +140,7 @@ def compare(
         DataError: the inputs do not fit the original.
 
     """
-    known = _reference(original, inputs) if original is not None else None
+    known = reference_of(original, inputs) if original is not None else None
     if known is not None:
         costs = {"flops": known.flops or None, "bytes_moved": known.bytes_moved or None}
         candidates = [replace(candidate, **costs) for candidate in candidates]  # type: ignore[arg-type]
@@ -245,7 +247,13 @@ def _drawn(name: str, shape: list[int], dtype: np.dtype[Any], generator: torch.G
     return torch.randn(shape, generator=generator).to(kind)
 
 
-def _reference(original: Program, inputs: Mapping[str, torch.Tensor]) -> _Reference:
+def reference_of(original: Program, inputs: Mapping[str, torch.Tensor]) -> Reference:
+    """Run the original in eager fp32, and count what that costs.
+
+    Raises:
+        DataError: the inputs do not fit it.
+
+    """
     sizes = original.bind(inputs)
     with torch.inference_mode():
         outputs = original.run(inputs)
@@ -256,7 +264,7 @@ def _reference(original: Program, inputs: Mapping[str, torch.Tensor]) -> _Refere
             valid[spec.name] = _over_leading_axes(kept, outputs[spec.name]).numpy()
     counted = cost(original, sizes)
     moved = sum(tensor.nbytes for tensor in (*inputs.values(), *outputs.values())) + _streamed_bytes(original)
-    return _Reference(_arrays(outputs), valid, counted.flops, moved)
+    return Reference(_arrays(outputs), valid, counted.flops, moved)
 
 
 def _over_leading_axes(kept: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,7 @@ class MissingExtraError(XformoptError):
     """An optional toolchain is not installed; the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self.package = package
         super().__init__(
             f'{purpose} needs the package "{package}", which is not installed. '
             f'Install it with: pip install "xformopt[{extra}]"'

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from xformopt.cli.bench import bench
+from xformopt.cli.bundle import bundle
 from xformopt.cli.doctor import doctor
 from xformopt.cli.evaluate import evaluate
 from xformopt.cli.export import export
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (optimize, export, inspect, bench, report, evaluate, passes, targets, models, doctor):
+for command in (optimize, export, inspect, bench, bundle, report, evaluate, passes, targets, models, doctor):
     app.command()(command)
 
 

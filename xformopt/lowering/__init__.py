@@ -35,7 +35,7 @@ def open_runner(target: str, path: str | Path, *, threads: int, profile_to: Path
 
     Args:
         target: ``eager`` or ``inductor`` for the folder of a saved Program; ``ort-cpu`` or ``openvino-cpu`` for an
-            artifact directory or an ``.onnx`` file.
+            artifact directory or an ``.onnx`` file; ``tvm-*`` for an artifact directory.
         path: The folder or file.
         threads: Threads inside operators.
         profile_to: A folder for the runtime's own profile.
@@ -56,6 +56,8 @@ def open_runner(target: str, path: str | Path, *, threads: int, profile_to: Path
         return runners.OrtRunner(path, threads=threads, profile_to=profile_to)
     if target == "openvino-cpu":
         return runners.OpenVinoRunner(path, threads=threads, profile_to=profile_to)
+    if target in ARTIFACT_TARGETS:
+        return runners.TvmRunner(target, path, threads=threads)
     known = ", ".join((*BASELINES, *ARTIFACT_TARGETS))
     raise UsageError(f"There is no target {target!r}. The targets are: {known}.")
 

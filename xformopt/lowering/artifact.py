@@ -202,7 +202,8 @@ def load_artifact(path: str | Path, *, threads: int | None = None, verify: bool 
         )
     if verify:
         check_files(folder, manifest.files)
-    check_external_data(folder / manifest.model)
+    if Path(manifest.model).suffix == ".onnx":
+        check_external_data(folder / manifest.model)
     artifact = Artifact(manifest, folder.resolve(), threads=threads)
     _ = artifact.session
     return artifact
@@ -214,6 +215,10 @@ def open_session(target: str, path: Path, manifest: Manifest, threads: int | Non
         from xformopt.lowering.openvino import OpenVinoSession
 
         return OpenVinoSession(path, threads=threads)
+    if target.startswith("tvm-"):
+        from xformopt.lowering.tvm_session import TvmSession
+
+        return TvmSession(path, threads=threads)
     if target == "ort-cpu":
         return OrtSession(path, manifest.session, threads=threads)
     raise ArtifactError(

@@ -7,6 +7,7 @@ import importlib.metadata
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
 from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
 from xformopt.lowering.manifest import (
     FILE_NAME,
+    DimSpec,
     Manifest,
     SessionSettings,
     arithmetic_of,
@@ -32,6 +34,8 @@ from xformopt.lowering.openvino import require_openvino
 from xformopt.lowering.ort_session import require_onnxruntime
 from xformopt.lowering.reference import TOLERANCE, largest_gap, reference_inputs
 from xformopt.lowering.tuning import Progress, Tuned, choose_forms
+from xformopt.lowering.tvm_build import MODEL as LIBRARY
+from xformopt.lowering.tvm_build import TVM_TARGETS, check_toolchain, write_library
 from xformopt.measure.machine import describe_machine
 from xformopt.program import Level, Program
 from xformopt.program.storage import save_tensors
@@ -61,7 +65,8 @@ def lower_program(
 
     Args:
         program: What to lower.
-        target: ``ort-cpu`` or ``openvino-cpu``; baselines are not artifacts.
+        target: ``ort-cpu``, ``openvino-cpu``, or ``tvm-*``, which is fixed to the sizes of the reference inputs;
+            baselines are not artifacts.
         measure: Whether to time the forms an operator may take; otherwise the first that fits is used.
         sizes: Sizes of dimensions to choose for; those of the example inputs where left out.
         threads: Threads to choose for; torch's own number where left out.
@@ -81,33 +86,35 @@ def lower_program(
     _check_target(target)
     inputs = reference_inputs(program, sizes)
     progress("exporting", 0, 3)
-    exported = export_onnx(program)
     expected = {name: value.detach() for name, value in program.run(inputs).items()}
     settings = SessionSettings()
     tolerance = TOLERANCE["int8" if rounds_activations(program) else arithmetic_of(program)]
-    is_standard = target != "ort-cpu"
     with _room_for_work():
-        tuned = Tuned()
-        if measure and not is_standard:
-            tuned = choose_forms(
-                exported,
-                inputs,
-                expected,
-                settings=settings,
-                threads=threads or torch.get_num_threads(),
-                tolerance=tolerance,
-                seconds=tuning_seconds,
-                progress=progress,
-            )
-        progress("writing", 1, 3)
         workspace = Workspace()
-        model, forms = build_graph(exported, tuned.forms, standard_only=is_standard)
-        write_onnx(model, workspace.path / _MODEL)
+        if target in TVM_TARGETS:
+            written = _compile(program, inputs, target, workspace.path)
+        else:
+            exported, tuned = export_onnx(program), Tuned()
+            if measure and target == "ort-cpu":
+                tuned = choose_forms(
+                    exported,
+                    inputs,
+                    expected,
+                    settings=settings,
+                    threads=threads or torch.get_num_threads(),
+                    tolerance=tolerance,
+                    seconds=tuning_seconds,
+                    progress=progress,
+                )
+            progress("writing", 1, 3)
+            model, forms = build_graph(exported, tuned.forms, standard_only=target != "ort-cpu")
+            write_onnx(model, workspace.path / _MODEL)
+            written = _Written(_MODEL, forms, tuned)
         (workspace.path / "program.txt").write_text(str(program), encoding="utf-8")
         save_tensors(inputs, workspace.path / "reference_inputs.safetensors")
         save_tensors(expected, workspace.path / "reference_outputs.safetensors")
         copy_extra(tuple(Path(file) for file in files), workspace.path)
-    manifest = _describe(program, target, settings, tuned, forms, inputs).model_copy(
+    manifest = _describe(program, target, settings, written, inputs).model_copy(
         update={"source": source, "history": tuple(history)}
     )
     if captured is None and program.level == Level.CAPTURED:
@@ -125,25 +132,43 @@ def _describe(
     program: Program,
     target: str,
     settings: SessionSettings,
-    tuned: Tuned,
-    forms: dict[str, dict[str, int]],
+    written: _Written,
     inputs: Mapping[str, torch.Tensor],
 ) -> Manifest:
+    specs = specs_of(program)
+    if written.sizes is not None:
+        specs["dims"] = tuple(DimSpec(name=name, low=size, high=size) for name, size in written.sizes.items())
     return Manifest(
         xformopt=importlib.metadata.version("xformopt"),
         name=program.name,
         target=target,
-        model=_MODEL,
+        model=written.model,
         precision=precision_of(program),
         execution=execution_of(program),
         session=settings,
-        forms=forms,
-        tuning=tuned.records,
-        tuned_at=program.bind(inputs) if tuned.records else {},
+        forms=written.forms,
+        tuning=written.tuned.records,
+        tuned_at=program.bind(inputs) if written.tuned.records else {},
         fingerprint=program.fingerprint,
         machine={key: value for key, value in describe_machine().to_dict().items() if key not in _MOMENTARY},
-        **specs_of(program),
+        **specs,
     )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The model file, the forms its operators took, and the sizes it is fixed to; None: those of the program."""
+
+    model: str
+    forms: dict[str, dict[str, int]]
+    tuned: Tuned
+    sizes: dict[str, int] | None = None
+
+
+def _compile(program: Program, inputs: Mapping[str, torch.Tensor], target: str, folder: Path) -> _Written:
+    kernels = write_library(program, inputs, target, folder)
+    forms = {operator: {"kernel": count} for operator, count in sorted(kernels.items())}
+    return _Written(LIBRARY, forms, Tuned(), program.bind(inputs))
 
 
 @contextmanager
@@ -168,6 +193,9 @@ def _check_target(target: str) -> None:
         )
     if target not in ARTIFACT_TARGETS:
         raise UsageError(f"There is no target {target!r} to lower to. Lower to one of: {', '.join(ARTIFACT_TARGETS)}.")
+    if target in TVM_TARGETS:
+        check_toolchain(target)
+        return
     (require_onnxruntime if target == "ort-cpu" else require_openvino)()
 
 

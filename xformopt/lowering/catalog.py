@@ -8,8 +8,14 @@ from typing import NamedTuple
 __all__ = ["ARTIFACT_TARGETS", "BASELINES", "Target", "targets"]
 
 BASELINES = ("eager", "inductor")
-ARTIFACT_TARGETS = ("ort-cpu", "openvino-cpu")
-_NEEDS = {"ort-cpu": (("onnxruntime", "onnx", "onnxscript"), "ort"), "openvino-cpu": (("openvino", "onnx"), "openvino")}
+ARTIFACT_TARGETS = ("ort-cpu", "openvino-cpu", "tvm-cpu", "tvm-x86-64-v3")
+_TVM = (("tvm",), "tvm")
+_NEEDS = {
+    "ort-cpu": (("onnxruntime", "onnx", "onnxscript"), "ort"),
+    "openvino-cpu": (("openvino", "onnx"), "openvino"),
+    "tvm-cpu": _TVM,
+    "tvm-x86-64-v3": _TVM,
+}
 
 
 class Target(NamedTuple):

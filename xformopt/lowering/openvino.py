@@ -45,8 +45,13 @@ class OpenVinoSession:
         found = self._request.infer({name: inputs[name] for name in self.input_names}, share_inputs=True)
         return {name: np.array(found[name]) for name in self.output_names}
 
-    def profile(self, inputs: Mapping[str, np.ndarray], rounds: int) -> list[OperatorTime]:
-        """Return the time of every executed node over ``rounds`` runs, longest first."""
+    def profile(
+        self, inputs: Mapping[str, np.ndarray], rounds: int, keep: Path | None = None
+    ) -> tuple[list[OperatorTime], list[str]]:
+        """Return the time of every executed node over ``rounds`` runs, longest first, and no falls back.
+
+        OpenVINO writes no profile of its own to ``keep``.
+        """
         request = self._compile(PERF_COUNT=True).create_infer_request()
         given = {name: inputs[name] for name in self.input_names}
         totals: dict[tuple[str, str], list[float]] = {}
@@ -58,7 +63,7 @@ class OpenVinoSession:
                     key = (entry.node_name, entry.node_type)
                     totals.setdefault(key, []).append(entry.real_time.total_seconds() * 1e3)
         times = [OperatorTime(node, kind, sum(ms), len(ms)) for (node, kind), ms in totals.items()]
-        return sorted(times, key=lambda time: -time.total_ms)
+        return sorted(times, key=lambda time: -time.total_ms), []
 
     def _compile(self, **options: Any) -> Any:
         openvino = require_openvino()

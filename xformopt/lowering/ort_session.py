@@ -8,15 +8,14 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from xformopt.errors import ArtifactError, MissingExtraError
-from xformopt.lowering.manifest import SessionSettings
 from xformopt.measure.runner import OperatorTime
 
-__all__ = ["OrtSession", "read_profile", "require_onnxruntime"]
+__all__ = ["OrtSession", "Settings", "read_profile", "require_onnxruntime"]
 
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider"}
 _PROFILE_WARMUP = 2
@@ -29,6 +28,30 @@ def require_onnxruntime() -> Any:
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "ort", "The target ort-cpu") from error
     return onnxruntime
+
+
+class Settings(Protocol):
+    """What a session is told besides its threads; the manifest's ``SessionSettings`` says what each means."""
+
+    @property
+    def optimization_level(self) -> str:
+        """none, basic, extended, layout or all."""
+        ...
+
+    @property
+    def disabled_optimizers(self) -> tuple[str, ...]:
+        """Names of the runtime's own."""
+        ...
+
+    @property
+    def inter_op_threads(self) -> int | None:
+        """Threads between operators; None leaves the choice to the runtime."""
+        ...
+
+    @property
+    def config(self) -> dict[str, str]:
+        """Session options by key."""
+        ...
 
 
 class OrtSession:
@@ -46,9 +69,7 @@ class OrtSession:
 
     """
 
-    def __init__(
-        self, path: Path, settings: SessionSettings, *, threads: int | None = None, is_rival: bool = False
-    ) -> None:
+    def __init__(self, path: Path, settings: Settings, *, threads: int | None = None, is_rival: bool = False) -> None:
         self.path, self.settings, self.threads = path, settings, threads
         self.is_rival = is_rival
         self._session: Any = self._open(None)

@@ -15,10 +15,12 @@ from xformopt.lowering.manifest import FILE_NAME, SessionSettings, precision_of,
 from xformopt.lowering.onnx_files import check_external_data
 from xformopt.lowering.openvino import OpenVinoSession
 from xformopt.lowering.ort_session import OrtSession
+from xformopt.lowering.session_runner import SessionRunner
+from xformopt.lowering.tvm_session import TvmSession
 from xformopt.measure.runner import OperatorTime
 from xformopt.program import Program, load_program
 
-__all__ = ["OpenVinoRunner", "OrtRunner", "TorchRunner"]
+__all__ = ["OpenVinoRunner", "OrtRunner", "TorchRunner", "TvmRunner"]
 
 
 class TorchRunner:
@@ -61,55 +63,45 @@ class TorchRunner:
         return [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.input_names]
 
 
-class OrtRunner:
+class OrtRunner(SessionRunner):
     """An artifact directory, or a plain ONNX file, in ONNX Runtime."""
 
-    target = "ort-cpu"
-
     def __init__(self, path: Path, *, threads: int, profile_to: Path | None = None) -> None:
-        model, settings, self.precision = _model_of(path, self.target)
-        self._session = OrtSession(model, settings, threads=threads)
+        model, settings, precision = _model_of(path)
+        session = OrtSession(model, settings, threads=threads)
+        super().__init__("ort-cpu", session, model, precision, profile_to)
         self._manifest = read_manifest(path) if path.is_dir() else None
-        self._profile_to = profile_to
-        self.input_names, self.output_names = self._session.input_names, self._session.output_names
-        self.size_bytes = _size_of(model)
-        self.fallbacks: list[str] = []
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once."""
-        return self._session.run(self._completed(inputs))
+        """Run once; inputs that have a default may be missing."""
+        return super().run(self._completed(inputs))
 
     def profile(self, inputs: Mapping[str, np.ndarray], rounds: int) -> list[OperatorTime] | None:
         """Return the kernel time of every node over ``rounds`` runs, longest first."""
-        times, self.fallbacks = self._session.profile(self._completed(inputs), rounds, self._profile_to)
-        return times
+        return super().profile(self._completed(inputs), rounds)
 
     def _completed(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return inputs if self._manifest is None else complete_inputs(self._manifest, inputs)
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(SessionRunner):
     """An artifact directory, or a plain ONNX file, in OpenVINO."""
 
-    target = "openvino-cpu"
-
     def __init__(self, path: Path, *, threads: int, profile_to: Path | None = None) -> None:
-        model, _, self.precision = _model_of(path, self.target)
-        self._session = OpenVinoSession(model, threads=threads)
-        self.input_names, self.output_names = self._session.input_names, self._session.output_names
-        self.size_bytes = _size_of(model)
-        self.fallbacks: list[str] = []
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once."""
-        return self._session.run(inputs)
-
-    def profile(self, inputs: Mapping[str, np.ndarray], rounds: int) -> list[OperatorTime] | None:
-        """Return the time of every executed node over ``rounds`` runs, longest first."""
-        return self._session.profile(inputs, rounds)
+        model, _, precision = _model_of(path)
+        super().__init__("openvino-cpu", OpenVinoSession(model, threads=threads), model, precision)
 
 
-def _model_of(path: Path, target: str) -> tuple[Path, SessionSettings, str]:
+class TvmRunner(SessionRunner):
+    """An artifact directory in TVM's virtual machine."""
+
+    def __init__(self, target: str, path: Path, *, threads: int) -> None:
+        manifest = read_manifest(path)
+        model = path / manifest.model
+        super().__init__(target, TvmSession(model, threads=threads), model, manifest.precision)
+
+
+def _model_of(path: Path) -> tuple[Path, SessionSettings, str]:
     """Return the model file of an artifact or the file itself, its session settings and its precision."""
     if path.is_dir():
         manifest = read_manifest(path)
@@ -120,7 +112,3 @@ def _model_of(path: Path, target: str) -> tuple[Path, SessionSettings, str]:
         raise ArtifactError(f"{model} does not exist. Name an artifact directory (with {FILE_NAME}) or an .onnx file.")
     check_external_data(model)
     return model, settings, precision
-
-
-def _size_of(model: Path) -> int:
-    return sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*"))

@@ -68,17 +68,15 @@ class Peaks:
 
 def describe_machine() -> Machine:
     """Describe the machine this process runs on."""
-    import psutil
-
     cpuinfo = _cpuinfo()
     flags = frozenset((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
     return Machine(
         cpu=cpuinfo.get("model name") or platform.processor() or "unknown",
         architecture=platform.machine(),
         cores=_usable_cores(),
-        physical_cores=psutil.cpu_count(logical=False),
+        physical_cores=_physical_cores(),
         isa=tuple(name for name in _ISA if name in flags),
-        memory_bytes=int(psutil.virtual_memory().total),
+        memory_bytes=_memory_bytes(),
         clock_mhz=_clock_mhz(),
         governor=_read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -142,9 +140,30 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _clock_mhz() -> float | None:
-    import psutil
+def _psutil() -> Any:
+    """Return the module, or None on a bare machine that a bundle runs on."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil
 
+
+def _physical_cores() -> int | None:
+    psutil = _psutil()
+    cores: int | None = psutil.cpu_count(logical=False) if psutil else None
+    return cores
+
+
+def _memory_bytes() -> int:
+    psutil = _psutil()
+    return int(psutil.virtual_memory().total) if psutil else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _clock_mhz() -> float | None:
+    psutil = _psutil()
+    if psutil is None:
+        return None
     try:
         frequency = psutil.cpu_freq()
     except (OSError, NotImplementedError, RuntimeError):

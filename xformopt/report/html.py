@@ -12,6 +12,7 @@ from xformopt.errors import DataError
 from xformopt.report import wording
 from xformopt.report.plots import latency_plot, roofline_plot, run_color
 from xformopt.report.schema import BenchReport, MachineRecord, OperatorShare, Run
+from xformopt.report.side_by_side import side_by_side
 
 __all__ = ["render"]
 
@@ -70,6 +71,7 @@ def render(reports: Sequence[BenchReport]) -> str:
     sections = [_section(report, f"r{index}", Markup) for index, report in enumerate(reports)]
     return environment.get_template("report.html.j2").render(
         sections=sections,
+        beside=side_by_side(reports),
         machines=[(_machine_rows(machine), names) for machine, names in _machines(reports)],
         style=Markup(resources.files("xformopt.report").joinpath("report.css").read_text()),
         speedup=wording.speedup,

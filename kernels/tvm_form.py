@@ -1,0 +1,119 @@
+"""What a TVM kernel of an operator is, and the builder that calls it.
+
+``kernels/<operator>/tvm.py`` holds ``KERNEL``: whether it takes a node, and how it emits it.  An operator without that
+file, or a node that its kernel declines, becomes the ATen operators of its reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__ = ["Builder", "Kernel", "Machine", "TvmNode", "Verdict"]
+
+# why a kernel cannot express a node, or None where it can
+Verdict: TypeAlias = str | None
+# TVM's values (relax.Expr) and functions (tirx.PrimFunc) have no types of their own
+Value: TypeAlias = Any
+# how TVM's fusion marks a function that nothing is fused into
+_OPAQUE = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a schedule needs to know of the processor.
+
+    Attributes:
+        lanes: How many fp32 numbers one vector register holds.
+        registers: How many vector registers there are.
+
+    """
+
+    lanes: int
+    registers: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How one operator is written for TVM.
+
+    Attributes:
+        emit: Emits the node and returns its value.
+        accepts: Takes the arguments of the node by the names of its schema (fake tensors of fixed shape, and plain
+            values); says why it cannot be expressed, or None where it can.
+
+    """
+
+    emit: Callable[[Builder, TvmNode], Value]
+    accepts: Callable[[Mapping[str, Any]], Verdict] = lambda arguments: None
+
+
+@dataclass(frozen=True)
+class TvmNode:
+    """One xf operator of a traced graph, its arguments by the names of its schema."""
+
+    operator: str
+    arguments: Mapping[str, Any]
+    shape: tuple[int, ...]
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an operand."""
+        return tuple(int(size) for size in self.arguments[name].meta["val"].shape)
+
+
+@dataclass
+class Builder:
+    """Calls kernels in the function that is being built.
+
+    Attributes:
+        machine: What schedules are chosen for.
+        block_builder: TVM's own.
+        value: Returns the value of a node of the traced graph.
+        constants: The parameters of the Program, by the traced graph's nodes.
+        packed: Arrays that kernels derived from parameters, by key; passed to the function like parameters.
+
+    """
+
+    machine: Machine
+    block_builder: Any
+    value: Callable[[fx.Node], Value]
+    constants: Mapping[fx.Node, torch.Tensor]
+    packed: dict[str, tuple[Value, np.ndarray]] = field(default_factory=dict)
+    _functions: dict[str, Any] = field(default_factory=dict)
+
+    def parameter(self, key: str, compute: Callable[[], np.ndarray]) -> Value:
+        """Return a parameter with the array that ``compute`` gives, once for each key."""
+        from tvm import relax
+
+        if key not in self.packed:
+            array = np.ascontiguousarray(compute())
+            variable = relax.Var(f"packed_{len(self.packed)}", relax.TensorType(array.shape, array.dtype.name))
+            self.packed[key] = variable, array
+        return self.packed[key][0]
+
+    def reshape(self, value: Value, shape: tuple[int, ...]) -> Value:
+        """Return ``value`` in another shape; nothing is moved."""
+        from tvm import relax
+
+        return self.block_builder.emit(relax.op.reshape(value, shape))
+
+    def call(self, name: str, make: Callable[[], Any], operands: list[Value], shape: tuple[int, ...]) -> Value:
+        """Call the function named ``name`` on ``operands``; ``make`` writes it when the name is new.
+
+        The function is scheduled already: nothing is fused into it, and no default schedule applied.
+        """
+        from tvm import relax
+
+        if name not in self._functions:
+            written = make().without_attr("global_symbol").with_attr("op_pattern", _OPAQUE)
+            written = written.with_attr("tirx.is_scheduled", True)
+            self._functions[name] = self.block_builder.add_func(written, name)
+        result = relax.TensorType(shape, "float32")
+        return self.block_builder.emit(relax.call_tir(self._functions[name], operands, result))

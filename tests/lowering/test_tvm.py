@@ -1,0 +1,110 @@
+"""TVM artifacts compute what the program computes, at the sizes they were compiled for, and refuse others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from xformopt.api import export
+from xformopt.errors import ArtifactError, DataError, LoweringError, UsageError
+from xformopt.kernels.attention.tvm import Sizes
+from xformopt.kernels.linear.tvm import pack
+from xformopt.lowering import load, lower, open_runner
+from xformopt.lowering.reference import reference_inputs
+from xformopt.program import Program
+
+pytest.importorskip("tvm")
+
+# odd sizes: rows that no tile divides, columns that no panel divides
+SIZES = {"batch": 2, "length": 9}
+
+
+@pytest.fixture(scope="module")
+def folder(encoder: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tvm") / "artifact"
+    lower(encoder, "tvm-cpu", sizes=SIZES, captured=encoder).save(path)
+    return path
+
+
+def arrays_of(program: Program, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in reference_inputs(program, sizes, seed=3).items()}
+
+
+def test_the_loaded_artifact_computes_the_program(encoder: Program, folder: Path) -> None:
+    arrays = arrays_of(encoder, SIZES)
+    # keys that padding hides
+    arrays["mask"][1, 5:] = 0
+    expected = encoder.run({name: torch.from_numpy(value) for name, value in arrays.items()})
+    found = load(folder, threads=1).run(**arrays)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_took_what_they_can(folder: Path) -> None:
+    manifest = json.loads((folder / "artifact.json").read_text())
+    assert manifest["forms"] == {
+        "attention": {"kernel": 1},
+        "linear": {"kernel": 3},
+        "linear_activation": {"kernel": 1},
+    }
+    assert {dim["name"]: (dim["low"], dim["high"]) for dim in manifest["dims"]} == {"batch": (2, 2), "length": (9, 9)}
+
+
+def test_other_sizes_are_refused(encoder: Program, folder: Path) -> None:
+    with pytest.raises(DataError, match=r"length in \[9, 9\]"):
+        load(folder).run(**arrays_of(encoder, {"batch": 2, "length": 10}))
+
+
+def test_the_runner_tells_the_time_of_kernels(encoder: Program, folder: Path) -> None:
+    runner = open_runner("tvm-cpu", folder, threads=1)
+    arrays = arrays_of(encoder, SIZES)
+    times = runner.profile(arrays, 2)
+    assert times is not None
+    assert any(time.name.startswith("matmul") for time in times)
+    # and runs as before afterwards
+    assert set(runner.run(arrays)) == {"hidden", "pooled"}
+    assert runner.size_bytes > 0
+
+
+def test_a_library_for_another_processor_is_refused(folder: Path, tmp_path: Path) -> None:
+    from xformopt.lowering.tvm_session import TvmSession
+
+    for path in folder.glob("model.so*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.so").write_bytes(b"\x7fELF not this one")
+    with pytest.raises(ArtifactError, match="another processor"):
+        TvmSession(tmp_path / "model.so")
+
+
+def test_an_operator_tvm_does_not_know_is_named() -> None:
+    text = 'program "odd" lifted\ninput %x: f32[4]\n%y: f32[4] = aten.special_bessel_j0(%x)\nreturn y=%y'
+    with pytest.raises(LoweringError, match=r"special_bessel_j0.*ort-cpu"):
+        lower(Program.parse(text), "tvm-cpu")
+
+
+def test_a_library_is_no_onnx_file(encoder: Program, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="shared library, not ONNX"):
+        export(encoder, tmp_path / "model.onnx", target="tvm-cpu")
+
+
+def test_panels_are_filled_up_with_zeros() -> None:
+    weight = np.arange(15, dtype=np.float32).reshape(5, 3)
+    panels = pack(weight, 4)
+    assert panels.shape == (2, 3, 4)
+    np.testing.assert_array_equal(panels[0], weight[:4].T)
+    np.testing.assert_array_equal(panels[1, :, 0], weight[4])
+    assert not panels[1, :, 1:].any()
+
+
+def test_functions_of_other_sizes_have_other_names() -> None:
+    plain = Sizes(1, 9, 9, 4, 4, 6, 6, 0.4, False, False, -1, -1)
+    others = [
+        Sizes(1, 9, 9, 4, 4, 6, 6, 0.25, False, False, -1, -1),
+        Sizes(1, 9, 9, 4, 4, 6, 6, 0.4, True, False, -1, -1),
+        Sizes(1, 9, 9, 4, 4, 6, 6, 0.4, False, False, 0, -1),
+    ]
+    assert len({plain.name, *(sizes.name for sizes in others)}) == 4

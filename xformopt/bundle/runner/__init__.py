@@ -1,0 +1,1 @@
+"""The part of a bundle that runs on the device; needs Python, numpy and the target's runtime."""

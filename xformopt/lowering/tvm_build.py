@@ -1,0 +1,126 @@
+"""Program -> a shared library for TVM's runtime, at stated sizes, with the parameters beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xformopt.errors import LoweringError
+from xformopt.kernels.tvm_form import Machine
+from xformopt.lowering.tvm_import import import_traced
+from xformopt.lowering.tvm_schedule import schedule_module
+from xformopt.lowering.tvm_session import require_tvm
+from xformopt.lowering.tvm_trace import trace
+from xformopt.measure.machine import describe_machine
+from xformopt.program import Program
+
+__all__ = ["MODEL", "TVM_TARGETS", "check_toolchain", "write_library"]
+
+MODEL = "model.so"
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """What is compiled for; ``cpu`` is LLVM's name, None that of this machine."""
+
+    cpu: str | None
+    machine: Machine
+
+
+# AVX2: 16 registers of 8 numbers
+_X86_64_V3 = Machine(lanes=8, registers=16)
+TVM_TARGETS: dict[str, _Processor | None] = {
+    "tvm-cpu": None,
+    "tvm-x86-64-v3": _Processor("x86-64-v3", _X86_64_V3),
+}
+
+
+def check_toolchain(target: str) -> None:
+    """Find out whether ``target`` can be compiled for here.
+
+    Raises:
+        MissingExtraError: TVM is not installed.
+        LoweringError: there is no linker.
+
+    """
+    require_tvm(f"The target {target}")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise LoweringError(
+            f"The target {target} links a shared library, and no C++ compiler was found to do it: install g++ "
+            f"(the package g++ on Debian)."
+        )
+
+
+def write_library(program: Program, inputs: Mapping[str, torch.Tensor], target: str, folder: Path) -> dict[str, int]:
+    """Compile ``program`` at the sizes of ``inputs`` and return how many nodes of each xf operator took a kernel.
+
+    Raises:
+        LoweringError: an operator cannot be traced or is unknown to TVM, or TVM fails to compile the program.
+
+    """
+    import tvm
+    from tvm import relax
+
+    processor = TVM_TARGETS[target] or _this_processor()
+    imported = import_traced(trace(program, inputs), processor.machine)
+    llvm = {"kind": "llvm", "mcpu": processor.cpu} if processor.cpu else {"kind": "llvm"}
+    try:
+        executable = tvm.compile(imported.module, target=tvm.target.Target(llvm), relax_pipeline=_pipeline(relax))
+        executable.export_library(os.fspath(folder / MODEL))
+    except Exception as error:
+        raise LoweringError(
+            f"TVM {tvm.__version__} could not compile {program.name}: {' '.join(str(error).split())[-600:]} "
+            f"Lower it for ort-cpu."
+        ) from error
+    arrays = {f"p{index:04d}": array for index, array in enumerate(imported.parameters)}
+    np.savez(folder / f"{MODEL}.npz", **arrays)  # type: ignore[arg-type]
+    signature = {
+        "inputs": {name: list(inputs[name].shape) for name in program.input_names},
+        "outputs": list(program.output_names),
+    }
+    (folder / f"{MODEL}.json").write_text(json.dumps(signature, indent=1), encoding="utf-8")
+    return imported.kernels
+
+
+def _this_processor() -> _Processor:
+    import tvm
+
+    isa = describe_machine().isa
+    if "avx512f" in isa:
+        machine = Machine(lanes=16, registers=32)
+    elif "asimd" in isa:
+        machine = Machine(lanes=4, registers=32)
+    else:
+        machine = _X86_64_V3
+    return _Processor(str(tvm.target.codegen.llvm_get_system_cpu()), machine)
+
+
+def _pipeline(relax: Any) -> Any:
+    """Return TVM's own pipeline for processors, with our schedule after fusion and before memory is planned."""
+    import tvm
+
+    as_pass = tvm.transform.module_pass
+    generic = relax.backend.cpu_generic.pipeline
+
+    def schedule(module: Any, context: Any) -> Any:
+        return schedule_module(module)
+
+    def whole(module: Any, context: Any) -> Any:
+        target = tvm.target.Target.current()
+        passes = [*generic.library_dispatch_passes(target), *generic.legalize_passes(target)]
+        passes += [
+            as_pass(schedule, opt_level=0),
+            *generic.dataflow_lower_passes(target),
+            *generic.finalize_passes(target),
+        ]
+        return tvm.transform.Sequential(passes)(module)
+
+    return as_pass(whole, opt_level=0)

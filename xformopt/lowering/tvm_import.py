@@ -1,0 +1,124 @@
+"""A traced graph -> TVM's IRModule: xf operators by their kernels, ATen operators by TVM's own importer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from xformopt.errors import LoweringError
+from xformopt.kernels.definition import find_operator
+from xformopt.kernels.tvm_form import Builder, Machine, TvmNode
+from xformopt.lowering.tvm_trace import Traced, arguments_of, kernel_of
+from xformopt.program.text import target_name
+
+__all__ = ["Imported", "import_traced"]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A module with one function, ``main``.
+
+    Attributes:
+        module: TVM's IRModule.
+        parameters: What ``main`` takes after the inputs, in order.
+        kernels: How many nodes of each xf operator became a kernel.
+
+    """
+
+    module: Any
+    parameters: tuple[np.ndarray, ...]
+    kernels: dict[str, int]
+
+
+def import_traced(traced: Traced, machine: Machine) -> Imported:
+    """Build the module.
+
+    Raises:
+        LoweringError: TVM knows no form of an ATen operator.
+
+    """
+    from tvm import relax
+    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+    importer = ExportedProgramImporter()
+    _check_known(traced, importer.convert_map)
+    importer.block_builder = blocks = relax.BlockBuilder()
+    environment = importer.env = _Environment(traced)
+    inputs = [environment.variable(node) for node in traced.inputs]
+    builder = Builder(machine, blocks, environment.__getitem__, traced.parameters)
+    kernels: dict[str, int] = {}
+    with blocks.function("main"):
+        with blocks.dataflow():
+            for node in traced.graph.nodes:
+                if node.op != "call_function":
+                    continue
+                operator = find_operator(node.target)
+                if operator is None:
+                    environment[node] = importer.convert_map[_name_of(node)](node)
+                    continue
+                kernel = kernel_of(operator.name)
+                assert kernel is not None
+                shape = tuple(int(size) for size in node.meta["val"].shape)
+                arguments = arguments_of(operator, node.args, node.kwargs)
+                environment[node] = kernel.emit(builder, TvmNode(operator.name, arguments, shape))
+                kernels[operator.name] = kernels.get(operator.name, 0) + 1
+            outputs = traced.graph.output_node().args[0]
+            assert isinstance(outputs, tuple)
+            results = [environment[node] for node in outputs if isinstance(node, fx.Node)]
+            result = blocks.emit_output(relax.Tuple(results))
+        taken = [*environment.taken, *builder.packed.values()]
+        blocks.emit_func_output(result, params=[*inputs, *(variable for variable, _ in taken)])
+    return Imported(blocks.get(), tuple(array for _, array in taken), kernels)
+
+
+def _check_known(traced: Traced, known: Any) -> None:
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and find_operator(node.target) is None and _name_of(node) not in known:
+            raise LoweringError(
+                f"TVM has no form of {target_name(node.target)}, which the program computes. "
+                f"Lower it for ort-cpu, or remove the operator by a pass."
+            )
+
+
+def _name_of(node: fx.Node) -> str:
+    """Return the operator's name as TVM's importer spells it, ``add.Tensor``."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+class _Environment(dict[fx.Node, Any]):
+    """Values by node; a parameter becomes one of the function's own when it is first read.
+
+    So parameters that kernels pack are not stored a second time as they were.
+    """
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__()
+        self._constants = traced.parameters
+        self.taken: list[tuple[Any, np.ndarray]] = []
+
+    def __missing__(self, node: fx.Node) -> Any:
+        constant = self._constants[node]
+        variable = self.variable(node)
+        self.taken.append((variable, _array(constant)))
+        return variable
+
+    def get(self, node: Any, default: Any = None) -> Any:
+        """Return what ``[node]`` returns for nodes; None stands for an operand that is left out."""
+        return self[node] if isinstance(node, fx.Node) else default
+
+    def variable(self, node: fx.Node) -> Any:
+        """Return a new variable of the node's shape and dtype, and remember it as its value."""
+        from tvm import relax
+
+        value = self._constants[node] if node in self._constants else node.meta["val"]
+        dtype = str(value.dtype).removeprefix("torch.")
+        self[node] = relax.Var(node.name, relax.TensorType([int(size) for size in value.shape], dtype))
+        return self[node]
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().numpy()

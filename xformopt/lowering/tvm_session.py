@@ -1,0 +1,115 @@
+"""TVM sessions: a compiled library and its parameters, run on arrays; needs TVM's runtime and numpy alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xformopt.errors import ArtifactError, DataError, MissingExtraError
+from xformopt.measure.runner import OperatorTime
+
+__all__ = ["FUNCTION", "TvmSession", "require_tvm"]
+
+FUNCTION = "main"
+# what a hook of the virtual machine answers
+_GO_ON = 0
+# what kernels have in their names beside the operator
+_SIZES = re.compile(r"_\d.*$")
+# beside model.so: its parameters, and the names and sizes of what it takes and returns
+_PARAMETERS, _SIGNATURE = ".npz", ".json"
+
+
+def require_tvm(purpose: str) -> Any:
+    """Import TVM, or raise MissingExtraError."""
+    try:
+        import tvm
+    except ImportError as error:
+        raise MissingExtraError("apache-tvm", "tvm", purpose) from error
+    return tvm
+
+
+class TvmSession:
+    """One model in TVM's virtual machine, at the sizes it was compiled for.
+
+    Raises:
+        ArtifactError: the library cannot be loaded on this machine.
+        MissingExtraError: TVM is not installed.
+
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        if threads is not None:
+            # read when the first parallel loop makes the pool
+            os.environ["TVM_NUM_THREADS"] = str(threads)
+        tvm = require_tvm("Running an artifact for TVM")
+        from tvm import relax
+
+        self.path = path
+        signature = json.loads(path.with_name(path.name + _SIGNATURE).read_text(encoding="utf-8"))
+        self._shapes: dict[str, list[int]] = signature["inputs"]
+        self.input_names, self.output_names = tuple(self._shapes), tuple(signature["outputs"])
+        device = tvm.cpu()
+        try:
+            library = tvm.runtime.load_module(os.fspath(path))
+            self._machine: Any = relax.VirtualMachine(library, device)
+        except Exception as error:
+            raise ArtifactError(
+                f"TVM {tvm.__version__} cannot load {path}: {' '.join(str(error).split())[:300]} "
+                f"It may be made for another processor: lower the model again for this one."
+            ) from error
+        self._tensor = tvm.runtime.tensor
+        with np.load(path.with_name(path.name + _PARAMETERS), allow_pickle=False) as archive:
+            self._parameters = [self._tensor(archive[name]) for name in archive.files]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once.
+
+        Raises:
+            DataError: an input has another size than the library was compiled for.
+
+        """
+        given = [self._checked(name, inputs[name]) for name in self.input_names]
+        outputs = self._machine[FUNCTION](*given, *self._parameters)
+        return {name: output.numpy() for name, output in zip(self.output_names, outputs, strict=True)}
+
+    def profile(
+        self, inputs: Mapping[str, np.ndarray], rounds: int, keep: Path | None = None
+    ) -> tuple[list[OperatorTime], list[str]]:
+        """Return the time of every kernel over ``rounds`` runs, longest first, and no falls back.
+
+        Each call of a kernel is timed between two hooks of the virtual machine; nothing is written to ``keep``.
+        """
+        totals: dict[str, list[float]] = {}
+        started = [0.0]
+
+        def observe(function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
+            if before:
+                started[0] = time.perf_counter()
+            else:
+                totals.setdefault(name, []).append((time.perf_counter() - started[0]) * 1e3)
+            return _GO_ON
+
+        self._machine.set_instrument(observe)
+        try:
+            for _ in range(rounds):
+                self.run(inputs)
+        finally:
+            # TVM offers no way to take an instrument off but to load the module anew
+            self._machine.set_instrument(lambda *ignored: _GO_ON)
+        times = [OperatorTime(name, _SIZES.sub("", name), sum(ms), len(ms)) for name, ms in totals.items()]
+        return sorted(times, key=lambda item: -item.total_ms), []
+
+    def _checked(self, name: str, array: np.ndarray) -> Any:
+        if list(array.shape) != self._shapes[name]:
+            raise DataError(
+                f"{name} has the shape {list(array.shape)}, and {self.path.name} was compiled for "
+                f"{self._shapes[name]}. Lower the model for these sizes."
+            )
+        return self._tensor(np.ascontiguousarray(array))
