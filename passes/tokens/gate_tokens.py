@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, xf
-from xformopt.passes.tokens.support.token_stream import RefusalError, is_tokenwise, place_of
+from xformopt.passes.tokenwise import RefusalError, is_tokenwise, place_of
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Dim, Input, Output, Program, path_of, shape_of, value_of
 from xformopt.program.dims import Shape
