@@ -112,7 +112,7 @@ def test_branches_are_joined_while_a_model_is_trained(monkeypatch: pytest.Monkey
 
     images, labels = Digits(1).training()
     monkeypatch.setattr(Digits, "training", lambda task: (images[:256], labels[:256]))
-    monkeypatch.setattr(digits_models, "_JOINED", digits_models._Lessons(1))
+    monkeypatch.setattr(digits_models, "_JOINED", digits_models.Lessons(1))
     model, shares = find_trained("digits-joined3"), []
     module = model.fresh()
     attention = module.backbone.blocks[0].attention

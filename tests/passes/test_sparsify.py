@@ -207,7 +207,7 @@ def test_the_most_sensitive_layers_stay_full() -> None:
     # the second attention has no part in the answer
     text = TEXT.replace("%b: ", "%idle: ").replace("(%b, %s)", "(%c, %s)")
     text = text.replace(", %keep, %far) {heads=4, kv_heads=2", ", %keep) {heads=4, kv_heads=2")
-    text = text.replace("%t: ", "%c: f32[batch,length,32] = aten.mul.Tensor(%idle) {other=0.001}\n%t: ")
+    text = text.replace("%t: ", "%c: f32[batch,length,32] = aten.mul.Scalar(%idle) {other=0.001}\n%t: ")
     program = Program.parse(text.replace("input %far: f32[1,4,length,length]\n", ""), seed=3)
     batches = tuple({name: value for name, value in inputs(n).items() if name != "far"} for n in (40, 24))
     result = build_pass("localize-attention", {"keep": 0.7, "full": 1}).run(program, Context(calibration=batches))
