@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # read when torch and transformers are imported, so set before any test file is
@@ -18,6 +19,9 @@ import pytest
 import torch
 
 SEED = 20250101
+
+# graphs are full of cycles and tests keep few of them: looking for garbage after every 700 objects costs more than it frees
+gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,6 +14,8 @@ from wider_families import WIDER
 
 CASES = [(family, how) for family in REQUIRED for how in family.only]
 MORE = [(family, how) for family in WIDER for how in family.only]
+# read by the same rules as others of the list
+SLOW = {("modernbert", "sdpa"), ("qwen2-window", "eager"), ("qwen3", "sdpa"), ("roberta", "sdpa")}
 PARTS = {
     "bert": {"xf.linear": 13, "xf.layer_norm": 5, "xf.activation": 2},
     "t5-encoder": {"xf.rms_norm": 5, "xf.linear": 12, "xf.activation": 2},
@@ -70,7 +72,11 @@ def check_masks(family: Family, lifted: Any) -> None:
             assert lifted.operand("xf.attention", "key_mask", position) is not None
 
 
-@pytest.mark.parametrize(("family", "how"), CASES, ids=ids(CASES))
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [pytest.param(*case, marks=pytest.mark.slow if (case[0].name, case[1]) in SLOW else ()) for case in CASES],
+    ids=ids(CASES),
+)
 def test_every_layer_is_one_attention(family: Family, how: str, lift: Any, distance: Check, valid: Any) -> None:
     lifted = check_family(family, how, lift, distance, valid)
     assert lifted.operators["xf.attention"] == family.attentions

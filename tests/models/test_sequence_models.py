@@ -21,9 +21,13 @@ MODELS = {
     "retnet-small": "xf.retention",
     "rwkv4-small": "xf.rwkv",
 }
+# of those, what the default tier lowers
+QUICK = ("deltanet-small", "mamba2-small")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_runs_on_onnx_runtime_as_in_eager_mode(name: str) -> None:
     architecture = find_architecture(name)
     model = architecture.build()

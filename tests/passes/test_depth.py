@@ -115,6 +115,7 @@ def summed(joined: ViT, plain: ViT) -> ViT:
     return plain
 
 
+@pytest.mark.slow
 def test_joined_branches_become_a_model_of_fewer_layers(batches: list[Batch]) -> None:
     module = vit(branches=3, depth=2, joined=True)
     program = lifted(module)
@@ -276,6 +277,7 @@ def test_shared_layers_are_exact_at_full_rank(start: str, plain: tuple[ViT, Prog
     assert "no bytes saved: take a smaller rank" in result.notes[0]
 
 
+@pytest.mark.slow
 def test_the_shared_weight_is_stored_once(plain: tuple[ViT, Program], batches: list[Batch], tmp_path: Path) -> None:
     _, program = plain
     result = Pipeline([build_pass("share-layers", {"rank": 1, "iterations": 40})]).run(program, calibration=batches)

@@ -176,13 +176,17 @@ def test_flow_gets_projections_of_its_own(fused: bool, vit: Program) -> None:
 
 ON_TARGET = [
     ("llama", "linearize-liger{force=true,window=32,max_error=9}", {"gated_linear_attention", "local_attention"}),
+    ("vit", "linearize-flow{force=true,iterations=5,max_error=9}", {"flow_attention"}),
+]
+MORE_ON_TARGET = [
     ("llama", "linearize-learned-maps{force=true,iterations=5,max_error=9}", {"linear_attention"}),
     ("vit", "linearize-liger{force=true,window=32,max_error=9}", {"gated_linear_attention", "local_attention"}),
-    ("vit", "linearize-flow{force=true,iterations=5,max_error=9}", {"flow_attention"}),
 ]
 
 
-@pytest.mark.parametrize(("model", "text", "names"), ON_TARGET)
+@pytest.mark.parametrize(
+    ("model", "text", "names"), [*ON_TARGET, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_ON_TARGET)]
+)
 def test_the_artifact_runs(model: str, text: str, names: set[str], request: pytest.FixtureRequest) -> None:
     program: Program = request.getfixturevalue(model)
     (batch,) = tokens(1) if model == "llama" else images(1)

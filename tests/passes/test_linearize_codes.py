@@ -132,6 +132,7 @@ def test_distances_keep_their_biases() -> None:
     assert relative(result.program.run(batch)["y"], wanted) < 1e-4
 
 
+@pytest.mark.slow
 def test_relative_positions_of_t5_are_found() -> None:
     torch.manual_seed(0)
     module = T5Encoder(T5Config(vocabulary=16, width=8, depth=1, heads=2, head_width=4, hidden=8)).eval()

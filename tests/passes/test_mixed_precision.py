@@ -153,6 +153,7 @@ def test_time_is_what_the_clock_says(network: Program, batches: list[dict[str, t
         parse_pass("mixed-precision{budget=time}").run(network, Context(calibration=batches))
 
 
+@pytest.mark.slow
 def test_it_runs_on_the_target_by_a_real_clock(network: Program, batches: list[dict[str, torch.Tensor]]) -> None:
     clock = lambda programs: measured_times(programs, "ort-cpu", threads=1)  # noqa: E731
     steps = [parse_pass("mixed-precision{budget=drift,limit=0.05,minimize=time}")]

@@ -278,7 +278,10 @@ return logits=%z
     "options",
     [
         {"format": "fp4_e2m1", "activations": "fp8_e4m3"},
-        {"format": "fp6_e2m3", "scale": "e4m3", "rounding": "trained", "iterations": 2, "activations": "fp6_e3m2"},
+        pytest.param(
+            {"format": "fp6_e2m3", "scale": "e4m3", "rounding": "trained", "iterations": 2, "activations": "fp6_e3m2"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_diffusion_transformer_in_low_bit_floats(options: dict[str, Any], dit: Program) -> None:

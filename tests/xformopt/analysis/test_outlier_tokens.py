@@ -146,7 +146,7 @@ def test_padding_does_not_count() -> None:
         assert isinstance(place, Opaque) or place.norm_ratio < 4
 
 
-@pytest.mark.parametrize("name", ["vit-tiny", "llama-tiny"])
+@pytest.mark.parametrize("name", ["vit-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])
 def test_models_of_the_zoo_have_maps(name: str) -> None:
     lifted = Pipeline([]).run(capture(name)).program
     found = outlier_tokens(lifted, [lifted.example_inputs])
