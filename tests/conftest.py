@@ -20,7 +20,7 @@ import torch
 
 SEED = 20250101
 
-# graphs are full of cycles and tests keep few of them: looking for garbage after every 700 objects costs more than it frees
+# graphs are full of cycles: looking for garbage after every 700 objects costs more than it frees
 gc.set_threshold(50_000, 20, 50)
 
 
