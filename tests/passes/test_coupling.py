@@ -35,7 +35,7 @@ def some(group: Group) -> torch.Tensor:
 
 
 def check_against_masks(program: Program, inputs: dict[str, torch.Tensor], kinds: tuple[str, ...]) -> Program:
-    groups = [group for group in find_groups(program) if group.kind in kinds and group.pinned is None]
+    groups = [g for g in find_groups(program) if g.kind in kinds and g.pinned is None and g.units > 1]
     assert {group.kind for group in groups} == set(kinds)
     kept = {group: some(group) for group in groups}
     pruned = remove_units(program, kept)
