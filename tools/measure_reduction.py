@@ -29,7 +29,7 @@ import xformopt as xo
 from xformopt.analysis import cost
 from xformopt.benchmark import BenchSettings, Candidate, run_bench
 from xformopt.capture.resolve import MINILM
-from xformopt.errors import XformoptError
+from xformopt.errors import PassError, XformoptError
 from xformopt.evaluation import artifact_subject, calibration_of, judge
 from xformopt.lowering.artifact import Artifact
 from xformopt.measure.machine import describe_machine
@@ -98,9 +98,20 @@ def subject_of(name: str) -> Subject:
 
 
 def run_passes(program: Program, passes: Sequence[str], samples: Sequence[dict[str, torch.Tensor]]) -> Program:
-    """Run a technique and the exact recipe."""
+    """Run a technique and the exact recipe.
+
+    Raises:
+        PassError: the technique left the program as it is.
+
+    """
     steps = (*(parse_pass(text) for text in passes), *load_recipe("exact"))
-    return Pipeline(steps).run(program, calibration=samples).program
+    result = Pipeline(steps).run(program, calibration=samples)
+    named = {step.name for step in steps[: len(passes)]}
+    for record in result.history:
+        if record.name in named and not record.changed:
+            why = "; ".join(reason for reason, _ in record.rejected) or record.dropped
+            raise PassError(f"The pass {record.name} left the program as it is: {why}.")
+    return result.program
 
 
 def recovered(subject: Subject, text: str, folder: Path) -> dict[str, Any]:
