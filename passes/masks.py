@@ -10,7 +10,7 @@ from torch import fx
 from xformopt.program import Program, shape_of
 from xformopt.rewrite import Region, trace_region
 
-__all__ = ["PaddingMask", "evaluate_mask", "padding_behind"]
+__all__ = ["PaddingMask", "evaluate_mask", "mark_the_same", "padding_behind"]
 
 # (name of the input, whether a non-zero entry of it keeps its token or marks padding)
 PaddingMask = tuple[str, str]
@@ -64,3 +64,8 @@ def padding_behind(program: Program, mask: fx.Node) -> PaddingMask | str:
             return f"%{mask.name} says more of a position than whether {source} marks it as padding"
     assert means is not None
     return source, means
+
+
+def mark_the_same(program: Program, one: fx.Node, other: fx.Node) -> bool:
+    """Whether two masks mark the same padding; models without shared subexpressions compute one for every layer."""
+    return one is other or padding_behind(program, one) == padding_behind(program, other)

@@ -178,6 +178,17 @@ def test_padding_is_merged_without_loss() -> None:
     torch.testing.assert_close(torch.from_numpy(found["pooled"]), before["pooled"], rtol=1e-4, atol=1e-5)
 
 
+def test_masks_that_are_computed_twice_are_one() -> None:
+    again = "%keep2: bool[batch,{length}] = aten.ne.Scalar(%mask) {{other=0}}\n%a2:"
+    text = TEXT.replace("%a2:", again, 1).replace("(%t, %t, %t, %keep)", "(%t, %t, %t, %keep2)")
+    program, once = (Program.parse(each.format(dim="", length=16)) for each in (text, TEXT))
+    found = run("merge-tokens", program, r=3).program.run(padded(16))["pooled"]
+    torch.testing.assert_close(found, run("merge-tokens", once, r=3).program.run(padded(16))["pooled"])
+    other = text.replace("%keep2: bool[batch,{length}] = aten.ne", "%keep2: bool[batch,{length}] = aten.eq")
+    result = run("merge-tokens", Program.parse(other.format(dim="", length=16)), r=3)
+    assert "mask of padding is not that of the first attention" in result.rejected[0].reason
+
+
 def test_varying_lengths_need_a_lower_bound() -> None:
     short = Program.parse(TEXT.format(dim="dim length in [1, 64]\n", length="length"))
     with pytest.raises(PassError, match=r"varies .* may be 1, where no token can leave"):

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, xf
-from xformopt.passes.masks import PaddingMask, padding_behind
+from xformopt.passes.masks import PaddingMask, mark_the_same, padding_behind
 from xformopt.passes.tokenwise import RefusalError, is_layer, is_tokenwise, xf_name
 from xformopt.program import Program, shape_of
 from xformopt.program.text import target_name
@@ -70,7 +70,7 @@ def _shared_mask(program: Program, attentions: tuple[fx.Node, ...]) -> fx.Node:
         given = arguments(node)
         if given["key_mask"] is None:
             raise RefusalError(node, "it has no key mask: nothing says which tokens are padding")
-        if not _say_the_same(program, given["key_mask"], arguments(attentions[0])["key_mask"]):
+        if not mark_the_same(program, given["key_mask"], arguments(attentions[0])["key_mask"]):
             raise RefusalError(node, "its key mask is not that of the first attention")
         if given["bias"] is not None:
             raise RefusalError(node, "its logits have a bias for pairs of positions, which packed tokens do not have")
@@ -83,11 +83,6 @@ def _shared_mask(program: Program, attentions: tuple[fx.Node, ...]) -> fx.Node:
             raise RefusalError(node, "its queries look at keys of another sequence")
     mask: fx.Node = arguments(attentions[0])["key_mask"]
     return mask
-
-
-def _say_the_same(program: Program, one: fx.Node, other: fx.Node) -> bool:
-    """Whether two masks mark the same padding; models without shared subexpressions compute one for every layer."""
-    return one is other or padding_behind(program, one) == padding_behind(program, other)
 
 
 def _values(program: Program, mask: fx.Node) -> tuple[dict[fx.Node, set[fx.Node]], list[fx.Node]]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, operand, xf
+from xformopt.passes.masks import mark_the_same
 from xformopt.passes.tokenwise import NORMS, RefusalError, is_tokenwise, tokens_of, xf_name
 from xformopt.program import Program, shape_of
 from xformopt.program.dims import Size
@@ -98,11 +99,16 @@ def find_stream(program: Program) -> TokenStream:
     if not attentions:
         raise RefusalError(None, "there is no xf.attention, and so nothing that says how tokens relate")
     length = shape_of(program, arguments(attentions[0])["q"])[1]
-    masks = {_check_attention(program, node, length) for node in attentions}
-    if len(masks) > 1:
-        raise RefusalError(attentions[-1], "its layers do not share one mask of padding")
+    masks = [_check_attention(program, node, length) for node in attentions]
+    for node, mask in zip(attentions, masks, strict=True):
+        if not _agree(program, mask, masks[0]):
+            raise RefusalError(node, "its mask of padding is not that of the first attention")
     layers = _layers(program, attentions, length)
-    return TokenStream(layers, length, _prefix(program, layers, length), masks.pop())
+    return TokenStream(layers, length, _prefix(program, layers, length), masks[0])
+
+
+def _agree(program: Program, one: fx.Node | None, other: fx.Node | None) -> bool:
+    return one is other or (one is not None and other is not None and mark_the_same(program, one, other))
 
 
 def _check_attention(program: Program, node: fx.Node, length: Size) -> fx.Node | None:
