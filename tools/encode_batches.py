@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,13 @@ def open_system(system: str, path: str, threads: int) -> Callable[[Batch], np.nd
     from xformopt.lowering import open_runner
 
     runner = open_runner(system, Path(path), threads=threads)
-    return lambda batch: runner.run(batch)["sentence_embedding"]
+    return lambda batch: sentence_embedding(runner.run(batch))
+
+
+def sentence_embedding(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the embeddings ``[B, C]``: torch's exporter gives outputs names of its own."""
+    named = outputs.get("sentence_embedding")
+    return next(value for value in outputs.values() if value.ndim == 2) if named is None else named
 
 
 def read_batches(path: str) -> list[Batch]:

@@ -1,12 +1,13 @@
 """Measure padding-free execution: ours packed against ours padded and the peers, on batches of unequal lengths.
 
-    python tools/measure_packing.py [--rounds 10] [--threads 2]         writes tools/results/packing.json
+    python tools/measure_packing.py [--rounds 10] [--threads 2] [MODEL ...]     writes tools/results/packing.json
 
 BERT-base (random weights), batch 16, lengths uniform with a mean of 0.6 of 256, one of them 256; its peers as in
 ``measure_exact``.  MiniLM on real English sentences of mixed length, batches of 32 as they come, each padded to its
-longest; sentences per second, without tokenizing, beside ONNX Runtime and OpenVINO on torch's export and
-sentence-transformers.  That one is installed into an environment of its own in the user's cache folder; what fails is
-printed.  Every system runs in a process of its own, rounds interleaved; embeddings are compared before any time counts.
+longest; sentences per second, without tokenizing, beside ONNX Runtime (with its optimizer, too) and OpenVINO on
+torch's export, and sentence-transformers.  That one is installed into an environment of its own in the user's cache
+folder; what fails is printed.  Every system runs in a process of its own, rounds interleaved; embeddings are compared
+before any time counts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import platformdirs
 import torch
 
 sys.path.append(str(Path(__file__).parent))
-from measure_exact import export_peers, export_with_torch
+from measure_exact import export_peers, export_with_torch, optimize_with_onnxruntime
 from measure_int8 import reporting, run
 from reference_models import REFERENCE, dynamic_axes
 from sentences import sentences
@@ -125,6 +126,10 @@ def measure_minilm(folder: Path, rounds: int, threads: int) -> dict[str, Any]:
     }
     exported = export_with_torch(model, example, axes, folder / "dynamo.onnx")
     systems["onnxruntime torch export"] = (sys.executable, "ort-cpu", exported)
+    with reporting("minilm", "onnxruntime optimizer"):
+        optimized = folder / "optimizer.onnx"
+        optimize_with_onnxruntime("minilm", model, exported, optimized)
+        systems["onnxruntime optimizer"] = (sys.executable, "ort-cpu", optimized)
     systems["openvino dynamic"] = (sys.executable, "openvino-cpu", exported)
     with reporting("minilm", "sentence-transformers"):
         systems["sentence-transformers"] = (str(peer_environment()), "sentence-transformers", minilm_directory())
@@ -215,15 +220,18 @@ def peer_environment() -> Path:
 
 
 def main() -> None:
-    """Measure both models and write one file."""
+    """Measure the models named on the command line, or both, and put them into one file."""
+    measures = {"bert-base": measure_bert, "minilm": measure_minilm}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", choices=[*measures, []], metavar="MODEL", help=", ".join(measures))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    found: dict[str, Any] = {"schema": "xformopt/packing/1", "machine": asdict(describe_machine())}
-    for name, measure in (("bert-base", measure_bert), ("minilm", measure_minilm)):
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found |= {"schema": "xformopt/packing/1", "machine": asdict(describe_machine())}
+    for name in options.models or measures:
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = measure(Path(folder), options.rounds, options.threads)
+            found[name] = measures[name](Path(folder), options.rounds, options.threads)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -4,7 +4,7 @@
 
 For every technique: the FLOPs that are left, the time on ort-cpu beside that of the exact artifact (one run, rounds
 interleaved, two threads, at the model's example inputs), and on trained models the task's metric before and after,
-without training; and once more after five minutes of ``recover-accuracy``, which changes no shape and so no time.
+without training; and once more after one minute of ``recover-accuracy``, which changes no shape and so no time.
 Techniques work on the lifted program; the exact recipe follows them, as it makes the artifact that they are compared
 with.  ``deit-s`` and ``bert-base`` have random weights: their time alone is of interest.  A technique
 that refuses a model says why.
@@ -63,7 +63,7 @@ TECHNIQUES = {
 AT_SIZE = ("magnitude 40%", "magnitude 50%", "sublayers 25%", "merge tokens 40%", "transform tokens 40%")
 SAMPLES = 8
 # recovery sees more calibration data than the techniques do
-RECOVERY, RECOVERY_SAMPLES = "recover-accuracy{minutes=5}", 1024
+RECOVERY, RECOVERY_SAMPLES = "recover-accuracy{minutes=1}", 1024
 FEWER_SECONDS = {"optin 40%": ",together=8", "optin 50%": ",together=8"}
 
 
