@@ -1,11 +1,12 @@
 """Latency and memory of one layer's token mixing against length, for each kind of attention, on ONNX Runtime.
 
-    python tools/measure_lengths.py [--lengths 256,512,...] [--threads 1] [--rounds 5] [-o FILE]
+    python tools/measure_lengths.py [--lengths 256,512,...] [--threads 2] [--rounds 3] [-o FILE]
 
-Writes tools/results/lengths.json.  All are causal, batch 1, 8 heads of width 64, fp32.  Softmax attention is measured
-in every form that ONNX Runtime has for it; every other operator in its own.  Each round opens each graph in a process
-of its own, A B C A B C; memory is what the first run adds to the open session.  Up to 2,048 tokens the outputs are
-compared with the references'.
+Writes tools/results/lengths.json, which ``xformopt report`` draws with the crossovers.  All are causal, batch 1,
+8 heads of width 64, fp32.  Softmax attention is measured in every form that ONNX Runtime has for it; every other
+operator in its own.  Each round opens each graph in a process of its own, A B C A B C; memory is what the first run
+adds to the open session.  Up to 2,048 tokens the outputs are compared with the references'.  Speed-ups are over the
+form of softmax attention that is fastest at the longest length.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from xformopt.lowering.onnx_export import Exported, export_onnx
 from xformopt.lowering.onnx_files import CandidateFolder
 from xformopt.lowering.onnx_forms import build_graph, offered_forms
 from xformopt.measure.machine import describe_machine
-from xformopt.measure.statistics import median_interval, percentiles
+from xformopt.measure.statistics import median_interval, percentiles, ratio_of_medians
 from xformopt.program import Program
+from xformopt.report.schema import BenchReport, FidelityRecord, Latency, MachineRecord, Run, Speedup
 
 TOOLS = Path(__file__).parent
 RESULTS = TOOLS / "results"
@@ -57,6 +59,54 @@ MIXERS = {
     ),
     "entmax": ((), f"xf.entmax_attention(%q, %k, %v) {{heads={HEADS}, scale={SCALE}, causal=true}}"),
 }
+
+
+@dataclass
+class Mixer:
+    """One graph: what is known of it before it runs, and its samples in milliseconds, by round."""
+
+    name: str
+    length: int
+    flops: float
+    path: Path
+    expected: np.ndarray | None
+    rounds: list[list[float]] = field(default_factory=list)
+    memory: int = 0
+    error: str | None = None
+    relative_l2: float | None = None
+
+    @property
+    def median(self) -> float:
+        """The median over all rounds; infinite where it failed."""
+        return percentiles([x for part in self.rounds for x in part]).p50 if self.rounds else float("inf")
+
+    def run(self, folder: Path, threads: int) -> None:
+        """Run one round in a process of its own."""
+        answer = in_a_process(self.path, folder, threads)
+        if "error" in answer:
+            self.error = answer["error"]
+            return
+        self.rounds.append(answer["samples_ms"])
+        self.memory = max(self.memory, answer["peak_memory_bytes"])
+        if self.expected is not None:
+            found = np.load(folder / "output.npy")
+            self.relative_l2 = float(np.linalg.norm(found - self.expected) / np.linalg.norm(self.expected))
+
+    def record(self, base: Mixer | None, threads: int) -> Run:
+        """Return the run as reports have it, compared with ``base``, which is of the same length."""
+        found = Run(name=self.name, target="ort-cpu", batch=1, length=self.length, threads=threads, error=self.error)
+        if not self.rounds:
+            return found
+        interval = median_interval(self.rounds)
+        spread = percentiles([x for part in self.rounds for x in part])
+        found.latency_ms = Latency(**asdict(spread), ci95=interval and (interval.low, interval.high))
+        found.peak_memory_bytes, found.base_memory_bytes = self.memory, 0
+        found.fidelity = FidelityRecord(relative_l2=self.relative_l2)
+        if base is not None and base is not self and base.rounds:
+            ratio = ratio_of_medians(base.rounds, self.rounds)
+            ends = None if ratio.interval is None else (ratio.interval.low, ratio.interval.high)
+            found.speedup = Speedup(over=base.name, ratio=ratio.value, ci95=ends)
+        return found
 
 
 def block_mask(length: int) -> torch.Tensor:
@@ -88,7 +138,7 @@ def make_inputs(length: int) -> dict[str, torch.Tensor]:
     return {"q": q, "k": k, "v": v, "gate": torch.nn.functional.logsigmoid(gate) / 16, "beta": beta}
 
 
-def candidates(length: int, folder: Path) -> Iterator[dict[str, Any]]:
+def candidates(length: int, folder: Path) -> Iterator[Mixer]:
     """Write every graph and yield what is known of it before it runs."""
     inputs = make_inputs(length)
     arrays = folder / "inputs.npz"
@@ -106,41 +156,26 @@ def candidates(length: int, folder: Path) -> Iterator[dict[str, Any]]:
         for form in forms or (None,):
             kept = folder / f"{name}-{form}"
             kept.mkdir()
-            row = {"mixer": name, "form": form, "length": length, "flops": cost(program).flops}
-            yield {**row, "path": write(exported, {operator: form} if form else {}, kept), "expected": expected}
+            title = f"{name}, {form.replace('_', ' ')}" if form else name
+            path = write(exported, {operator: form} if form else {}, kept)
+            yield Mixer(title, length, cost(program).flops, path, expected)
 
 
 def write(exported: Exported, choice: Mapping[str, str], folder: Path) -> Path:
     return Path(CandidateFolder(folder).write(build_graph(exported, choice).model))
 
 
-def measure_length(length: int, threads: int, rounds: int) -> list[dict[str, Any]]:
+def measure_length(length: int, threads: int, rounds: int) -> list[Mixer]:
     with tempfile.TemporaryDirectory(prefix="xformopt-") as scratch:
         folder = Path(scratch)
-        rows = list(candidates(length, folder))
-        samples: list[list[list[float]]] = [[] for _ in rows]
+        mixers = list(candidates(length, folder))
         for _ in range(rounds):
-            for row, taken in zip(rows, samples, strict=True):
-                if "error" in row:
-                    continue
-                answer = in_a_process(row["path"], folder, threads)
-                if "error" in answer:
-                    row["error"] = answer["error"]
-                    continue
-                taken.append(answer["samples_ms"])
-                row["peak_memory_bytes"] = max(row.get("peak_memory_bytes", 0), answer["peak_memory_bytes"])
-                if row["expected"] is not None:
-                    found = np.load(folder / "output.npy")
-                    gap = np.linalg.norm(found - row["expected"]) / np.linalg.norm(row["expected"])
-                    row["relative_l2"] = float(gap)
-        for row, taken in zip(rows, samples, strict=True):
-            del row["path"], row["expected"]
-            if taken:
-                interval = median_interval(taken)
-                ends = None if interval is None else [interval.low, interval.high]
-                row["latency_ms"] = {"p50": percentiles([x for part in taken for x in part]).p50, "ci95": ends}
-            print(json.dumps(row), flush=True)
-    return rows
+            for mixer in mixers:
+                if mixer.error is None:
+                    mixer.run(folder, threads)
+    for mixer in mixers:
+        print(f"{length:6} {mixer.name:40} {mixer.median:10.2f} ms {mixer.error or ''}", flush=True)
+    return mixers
 
 
 def in_a_process(path: Path, folder: Path, threads: int) -> dict[str, Any]:
@@ -157,26 +192,22 @@ def in_a_process(path: Path, folder: Path, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "lengths.json")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    rows: list[dict[str, Any]] = []
-    for length in map(int, chosen.lengths.split(",")):
-        rows += measure_length(length, chosen.threads, chosen.rounds)
-    result = {
-        "schema": "xformopt/lengths/1",
-        "machine": asdict(describe_machine()),
-        "threads": chosen.threads,
-        "batch": 1,
-        "heads": HEADS,
-        "head_width": DEPTH,
-        "window": WINDOW,
-        "block": BLOCK,
-        "rows": rows,
-    }
-    chosen.output.write_text(json.dumps(result, indent=1) + "\n")
+    lengths = sorted(map(int, chosen.lengths.split(",")))
+    found = {length: measure_length(length, chosen.threads, chosen.rounds) for length in lengths}
+    base = min((m for m in found[lengths[-1]] if m.name.startswith("softmax")), key=lambda mixer: mixer.median).name
+    runs = []
+    for mixers in found.values():
+        compared = next((mixer for mixer in mixers if mixer.name == base), None)
+        runs += [mixer.record(compared, chosen.threads) for mixer in mixers]
+    setting = {"heads": HEADS, "head_width": DEPTH, "window": WINDOW, "block": BLOCK, "rounds": chosen.rounds}
+    machine = MachineRecord(**asdict(describe_machine()))
+    source = "the token mixing of one layer"
+    BenchReport(machine=machine, runs=runs, source=source, protocol=setting).to_json(chosen.output)
 
 
 if __name__ == "__main__":

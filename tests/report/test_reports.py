@@ -15,6 +15,7 @@ from xformopt.errors import DataError, OutputError
 from xformopt.report import wording
 from xformopt.report.html import render
 from xformopt.report.schema import BenchReport, PassRecord, Run
+from xformopt.report.sweep import sweep
 from xformopt.report.terminal import print_report
 
 EVIL = "<script>alert('$x$')</script>"
@@ -265,3 +266,32 @@ def test_a_busy_machine_is_told() -> None:
     assert "busy" in wording.busy(busy)
     assert "busy" in render([busy])
     assert wording.busy(report()) == ""
+
+
+def at_lengths(name: str, milliseconds: tuple[float, ...], over: str | None) -> list[Run]:
+    speedup = {"over": over, "ratio": 2.0, "ci95": (1.9, 2.1)} if over else None
+    lengths = (256, 1024, 4096)[: len(milliseconds)]
+    return [run(name, ms, length=n, speedup=speedup) for n, ms in zip(lengths, milliseconds, strict=True)]
+
+
+def test_runs_at_several_lengths_are_drawn_against_length() -> None:
+    base = at_lengths("softmax", (1.0, 16.0, 256.0), None)
+    linear = at_lengths("linear", (4.0, 16.0, 64.0), "softmax")
+    slow = at_lengths("slow", (9.0, 99.0, 999.0), "softmax")
+    fast = at_lengths("fast", (0.5, 2.0), "softmax")
+    again = at_lengths("there and back", (0.9, 17.0, 100.0), "softmax")
+    broken = Run(name="broken", target="ort-cpu", length=256, error="out of memory")
+    runs = [*base, *linear, *slow, *fast, *again, broken]
+    found = sweep(runs)
+    assert found is not None
+    said = {series.name: series.over for series in found.series}
+    assert found.lengths == (256, 1024, 4096)
+    assert said["softmax"] == ""
+    assert said["linear"] == "from 1,024 on"
+    assert said["slow"] == "never here"
+    assert said["fast"] == "at every length here"
+    assert said["there and back"].startswith("from 1,1")
+    page = render([report(runs=runs)])
+    assert "Latency against length" in page
+    assert "length 256 to 4,096" in page
+    assert sweep(report().runs) is None

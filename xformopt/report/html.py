@@ -10,9 +10,10 @@ from typing import Any
 
 from xformopt.errors import DataError
 from xformopt.report import wording
-from xformopt.report.plots import latency_plot, roofline_plot, run_color
+from xformopt.report.plots import latency_plot, length_plot, roofline_plot, run_color
 from xformopt.report.schema import BenchReport, MachineRecord, OperatorShare, Run
 from xformopt.report.side_by_side import side_by_side
+from xformopt.report.sweep import Sweep, sweep
 
 __all__ = ["render"]
 
@@ -81,6 +82,7 @@ def render(reports: Sequence[BenchReport]) -> str:
 
 def _section(report: BenchReport, key: str, markup: Any) -> dict[str, Any]:
     title, basis = wording.headline(report)
+    lengths = sweep(report.runs)
     return {
         "key": key,
         "report": report,
@@ -91,10 +93,19 @@ def _section(report: BenchReport, key: str, markup: Any) -> dict[str, Any]:
         "reference": wording.reference(report),
         "busy": wording.busy(report),
         "best": wording.best_run(report),
-        "latency_svg": markup(latency_plot(report.runs, f"{key}-latency")),
+        "sweep": lengths,
+        "colors": _colors(report.runs, lengths),
+        "sweep_svg": markup(length_plot(lengths, f"{key}-lengths")) if lengths else "",
+        "latency_svg": "" if lengths else markup(latency_plot(report.runs, f"{key}-latency")),
         "roofline_svg": markup(roofline_plot(report.runs, f"{key}-roofline")),
         "panels": _operator_panels(report.runs),
     }
+
+
+def _colors(runs: Sequence[Run], lengths: Sweep | None) -> list[str]:
+    """Return the color of every run; the runs of a series share one."""
+    places = {series.name: index for index, series in enumerate(lengths.series)} if lengths else {}
+    return [run_color(places.get(run.name, index)) for index, run in enumerate(runs)]
 
 
 def _operator_panels(runs: Sequence[Run]) -> list[_OperatorPanel]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xformopt.report.schema import Run
+from xformopt.report.sweep import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["latency_plot", "roofline_plot", "run_color"]
+__all__ = ["latency_plot", "length_plot", "roofline_plot", "run_color"]
 
 # stand-ins that the page's own colors replace, so that one file serves a light and a dark screen
 _INK, _MUTED, _GRID = "#010203", "#040506", "#070809"
@@ -108,6 +109,54 @@ def roofline_plot(runs: Sequence[Run], key: str) -> str:
             axes.spines[side].set_visible(False)
 
     return _svg(draw, key, height=3.4, keep_spines=True)
+
+
+def length_plot(found: Sweep, key: str) -> str:
+    """Draw medians against length, and a ring where a series becomes faster than the one compared with."""
+    base = next((series for series in found.series if series.name == found.base), None)
+
+    def draw(axes: Axes) -> None:
+        for index, series in enumerate(found.series):
+            medians = {length: run.latency_ms.p50 for length, run in sorted(series.runs.items()) if run.latency_ms}
+            # colors come round again: the second time with broken lines
+            style = "-" if index < len(_RUNS) else "--"
+            color = _RUNS[index % len(_RUNS)]
+            line: dict[str, Any] = {"label": series.name, "color": color, "lw": 1.6, "marker": "o", "markersize": 4}
+            axes.plot(list(medians), list(medians.values()), style, **line)
+            if base is not None and series.crossover is not None:
+                x, y = zip(
+                    *sorted((n, run.latency_ms.p50) for n, run in base.runs.items() if run.latency_ms), strict=True
+                )
+                height = float(np.exp(np.interp(np.log(series.crossover), np.log(x), np.log(y))))
+                axes.plot(
+                    series.crossover, height, "o", color=_INK, markersize=9, markerfacecolor="none", label="_ring"
+                )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _name_lines(axes)
+        axes.set_xticks(found.lengths, [f"{length:,}" for length in found.lengths])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:,g}")
+        # room at the right for the names
+        axes.set_xlim(found.lengths[0] * 0.9, found.lengths[-1] * (found.lengths[-1] / found.lengths[0]) ** 0.45)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("milliseconds per run, median")
+        axes.grid(linewidth=0.6)
+
+    return _svg(draw, key, height=4.6)
+
+
+def _name_lines(axes: Axes) -> None:
+    """Write its label at the right end of every line that has one, none over another."""
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    ends = [(np.log10(np.asarray(line.get_ydata(), float)[-1]), line) for line in lines]
+    low, high = np.log10(axes.get_ylim())
+    above = -np.inf
+    for height, line in sorted(ends, key=lambda end: end[0]):
+        above = max(height, above + 0.045 * (high - low))
+        place = (float(np.asarray(line.get_xdata())[-1]), 10**above)
+        text: dict[str, Any] = {"fontsize": 9, "color": line.get_color(), "textcoords": "offset points", "va": "center"}
+        axes.annotate(str(line.get_label()), place, xytext=(7, 0), **text)
 
 
 def _svg(draw: Any, key: str, *, height: float, keep_spines: bool = False) -> str:

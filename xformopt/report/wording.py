@@ -86,11 +86,16 @@ def setting(report: BenchReport) -> str:
     parts = []
     if first is not None:
         parts.append(f"batch {first.batch}" if first.batch is not None else "")
-        parts.append(f"length {first.length}" if first.length is not None else "")
+        parts.append(_lengths(report.runs))
         if first.threads is not None:
             parts.append(f"{first.threads} thread{'s' if first.threads != 1 else ''}")
     parts.append(report.machine.cpu if report.machine.cpu != "unknown" else "")
     return ", ".join(part for part in parts if part)
+
+
+def _lengths(runs: Sequence[Run]) -> str:
+    found = sorted({run.length for run in runs if run.length is not None})
+    return f"length {found[0]:,} to {found[-1]:,}" if len(found) > 1 else f"length {found[0]}" if found else ""
 
 
 def reference(report: BenchReport) -> str:
@@ -121,9 +126,11 @@ def headline(report: BenchReport) -> tuple[str, str]:
     subject = report.source or "the model"
     best = best_run(report)
     if best is not None and best.speedup is not None and best.latency_ms is not None:
-        over = next((run for run in report.runs if run.name == best.speedup.over), None)
+        over = next((r for r in report.runs if r.name == best.speedup.over and r.length == best.length), None)
         before = f"{milliseconds(over.latency_ms.p50)} → " if over and over.latency_ms else ""
-        title = f"{subject}: {best.name} is {best.speedup.ratio:.2f}{TIMES} as fast as {best.speedup.over}"
+        several = len({run.length for run in report.runs}) > 1
+        at = f" at length {best.length:,}" if several and best.length is not None else ""
+        title = f"{subject}: {best.name} is {best.speedup.ratio:.2f}{TIMES} as fast as {best.speedup.over}{at}"
         basis = (
             f"Median latency {before}{milliseconds(best.latency_ms.p50)} ms; 95% interval of the speed-up "
             f"{interval(best.speedup.ci95)}{TIMES}; {setting(report)}. {_agreement(best.fidelity)}"
