@@ -98,6 +98,7 @@ class RecoverAccuracy(Pass):
 
     effect: ClassVar[Effect] = "tuned"
     aims_at_time: ClassVar[bool] = False
+    recovers: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531",
         "Romero et al., FitNets, arXiv 1412.6550 (hidden values)",

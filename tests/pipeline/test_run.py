@@ -158,6 +158,41 @@ def test_strict_stops_at_the_budget(program: Program) -> None:
         Pipeline([rough], max_drift=0.01, strict=True).run(program)
 
 
+@dataclass(frozen=True)
+class Mend(RewritePass):
+    """Brings a product that is too large back to ``factor``."""
+
+    factor: float = 2.0
+    effect: ClassVar[Effect] = "tuned"
+    recovers: ClassVar[bool] = True
+
+    def rules(self, program: Program, context: Context) -> Sequence[Rule]:
+        def mend(editor: Editor, node: fx.Node) -> fx.Node | None:
+            if not is_call(node, aten.mul.Scalar) or node.args[1] <= self.factor:
+                return None
+            return editor.call(aten.mul.Scalar, node.args[0], self.factor)
+
+        return (mend,)
+
+
+@pytest.mark.parametrize(("factor", "is_kept"), [(2.0, True), (2.05, False), (3.0, False)])
+def test_the_budget_is_judged_behind_recovery(program: Program, factor: float, is_kept: bool) -> None:
+    rough = ScaleRoughly(factor=2.1, wrong_at="third")
+    steps = (rough, Scale(factor=2.1), Mend(factor=factor))
+    result = Pipeline(steps, max_drift=0.01).run(program)
+    lossy, _, mended = result.history
+    assert "judged again behind recovery" in lossy.notes[-1]
+    assert (lossy.dropped is None) is is_kept
+    if is_kept:
+        assert mended.dropped is None
+        assert mended.drift < 1e-6
+    else:
+        assert "behind recovery, " in str(lossy.dropped)
+        assert str(result.program) == str(program)
+        with pytest.raises(VerificationError, match="run stopped"):
+            Pipeline(steps, max_drift=0.01, strict=True).run(program)
+
+
 @pytest.mark.parametrize(("interval", "keep_if_faster", "is_kept"), [
     ((1.2, 1.4), True, True),
     ((0.9, 1.1), True, False),

@@ -84,7 +84,8 @@ class Pipeline:
 
     Attributes:
         passes: Run in this order; a captured program is lifted first.
-        max_drift: Largest relative L2 to the captured program that a lossy pass may reach; None: no budget.
+        max_drift: Largest relative L2 to the captured program that a lossy pass may reach, or, where a pass that
+            recovers follows, that is left behind it; None: no budget.
         strict: A pass over its budget stops the run instead of being taken back.
         keep_if_faster: A lossy pass without a measured speed-up is taken back (needs ``measure`` in ``run``).
     """
@@ -149,6 +150,7 @@ class Pipeline:
             run.take_as_original()
         for index, step in enumerate(steps):
             progress(step.name, index, len(steps))
+            run.recovery_ahead = any(later.recovers for later in steps[index + 1 :])
             record = run.step(step)
             if original is None and isinstance(step, Lift):
                 run.take_as_original()
@@ -166,9 +168,21 @@ class Pipeline:
             )
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A program to go back to, its outputs, and how many passes had run."""
+
+    program: Program
+    outputs: list[dict[str, torch.Tensor]]
+    passes: int
+
+
 @dataclass
 class _Run:
-    """One run: the current program, the reference outputs, the history."""
+    """One run: the current program, the reference outputs, the history.
+
+    ``within_budget`` is where the run goes back to if recovery fails to mend what went over the budget since.
+    """
 
     pipeline: Pipeline
     context: Context
@@ -176,6 +190,8 @@ class _Run:
     program: Program
     cases: list[Case]
     history: list[Record] = field(default_factory=list)
+    recovery_ahead: bool = False
+    within_budget: _Checkpoint | None = None
 
     def __post_init__(self) -> None:
         self.captured = [case.captured for case in self.cases]
@@ -200,7 +216,9 @@ class _Run:
             if record.dropped is None:
                 self.program, self.current = result.program, self.outputs
         self.history.append(record)
-        return record
+        if self.within_budget is not None and not self.recovery_ahead:
+            self._judge_recovered(self.within_budget)
+        return self.history[-1]
 
     def _check_level(self, step: Pass) -> None:
         levels = list(Level)
@@ -264,9 +282,13 @@ class _Run:
         budget = self.pipeline.max_drift
         if budget is not None and record.drift > budget:
             reason = f"its drift of {record.drift:.2e} is over the budget of {budget:.2e}"
-            if self.pipeline.strict:
-                raise VerificationError(f"The pass {record.name} was taken back and the run stopped: {reason}.")
-            return replace(record, dropped=reason)
+            if not self.recovery_ahead:
+                if self.pipeline.strict:
+                    raise VerificationError(f"The pass {record.name} was taken back and the run stopped: {reason}.")
+                return replace(record, dropped=reason)
+            if self.within_budget is None:
+                self.within_budget = _Checkpoint(before, self.current, len(self.history))
+            record = replace(record, notes=(*record.notes, f"{reason}, and is judged again behind recovery"))
         if self.measure is None or not step.aims_at_time:
             return record
         low, high = self.measure(before, after)
@@ -277,6 +299,21 @@ class _Run:
         if self.pipeline.keep_if_faster:
             return replace(record, dropped=reason)
         return replace(record, notes=(*record.notes, reason))
+
+    def _judge_recovered(self, last_good: _Checkpoint) -> None:
+        """Go back to the last program within the budget, unless recovery came back to it."""
+        self.within_budget = None
+        budget, drift = self.pipeline.max_drift, self._distance(self.captured, self.current)
+        assert budget is not None
+        if drift <= budget:
+            return
+        reason = f"the drift behind recovery, {drift:.2e}, is still over the budget of {budget:.2e}"
+        if self.pipeline.strict:
+            raise VerificationError(f"The run stopped: {reason}.")
+        self.program, self.current = last_good.program, last_good.outputs
+        for place in range(last_good.passes, len(self.history)):
+            if self.history[place].changed and self.history[place].dropped is None:
+                self.history[place] = replace(self.history[place], dropped=reason)
 
     def _record(self, step: Pass, result: PassResult, started: float) -> Record:
         reasons = Counter(refusal.reason for refusal in result.rejected)
