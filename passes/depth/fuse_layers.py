@@ -129,7 +129,8 @@ class FusedWeight(Variable):
     """
 
     def __init__(self, start: torch.Tensor, removed: torch.Tensor, rank: int, seed: int, *, rate: float = 2e-3) -> None:
-        self.start, self.removed, self._rate = start, removed, rate
+        super().__init__(start, rate)
+        self.removed = removed
         (rows, columns), self.rank = start.shape, min(rank, *start.shape)
         generator = torch.Generator().manual_seed(seed)
         right = torch.randn(2 * self.rank, columns, generator=generator) / self.rank**0.5
@@ -144,22 +145,6 @@ class FusedWeight(Variable):
         taken_over = left[:, :rank] @ right[:rank] * self.removed
         # A in the scale of the weights, so that both parts train alike
         return self.start + taken_over + left[:, rank:] @ right[rank:] * self.start.std()
-
-    def result(self) -> torch.Tensor:
-        """Return what is kept of the training: the dense weight."""
-        return self.value().detach().clone()
-
-    def untrained(self) -> torch.Tensor:
-        """Return what would be kept without it."""
-        return self.start.clone()
-
-    def settled(self, result: torch.Tensor) -> torch.Tensor:
-        """Return the value for a result."""
-        return result
-
-    def rate(self, iterations: int) -> float:
-        """Return the learning rate."""
-        return self._rate
 
 
 def _group_around(layers: Sequence[Layer], removed: Layer, size: int) -> Sequence[Layer]:

@@ -18,29 +18,40 @@ _JOURNEY, _STRIDE = 40.0, 0.3
 
 
 class Variable(ABC):
-    """A trained tensor, and the parameter value that it stands for."""
+    """A trained tensor, and the parameter value that it stands for.
+
+    Unless a kind says otherwise, the value itself is kept of the training.
+
+    Attributes:
+        leaf: What is trained.
+        start: The value before training.
+
+    """
 
     leaf: torch.Tensor
+
+    def __init__(self, start: torch.Tensor, rate: float) -> None:
+        self.start, self._rate = start, rate
 
     @abstractmethod
     def value(self) -> torch.Tensor:
         """Return the parameter's value while it is trained, differentiable in the leaf."""
 
-    @abstractmethod
     def result(self) -> torch.Tensor:
         """Return what is kept of the training."""
+        return self.value().detach().clone()
 
-    @abstractmethod
     def untrained(self) -> torch.Tensor:
         """Return what would be kept without training."""
+        return self.start.clone()
 
-    @abstractmethod
     def settled(self, result: torch.Tensor) -> torch.Tensor:
         """Return the parameter's value for a result."""
+        return result
 
-    @abstractmethod
     def rate(self, iterations: int) -> float:
         """Return the learning rate for a training of so many steps."""
+        return self._rate
 
     def penalty(self, beta: float) -> torch.Tensor | None:
         """Return the sum of what keeps values from settling, or None where nothing has to settle."""
@@ -51,28 +62,12 @@ class Free(Variable):
     """The parameter itself is trained."""
 
     def __init__(self, start: torch.Tensor, *, rate: float = 1e-3) -> None:
-        self.start, self._rate = start, rate
+        super().__init__(start, rate)
         self.leaf = start.clone().requires_grad_()
 
     def value(self) -> torch.Tensor:
         """Return the value to compute with in training."""
         return self.leaf
-
-    def result(self) -> torch.Tensor:
-        """Return what is kept of the training."""
-        return self.leaf.detach().clone()
-
-    def untrained(self) -> torch.Tensor:
-        """Return what would be kept without it."""
-        return self.start.clone()
-
-    def settled(self, result: torch.Tensor) -> torch.Tensor:
-        """Return the value for a result."""
-        return result
-
-    def rate(self, iterations: int) -> float:
-        """Return the learning rate."""
-        return self._rate
 
 
 class LowRank(Variable):
@@ -83,7 +78,7 @@ class LowRank(Variable):
     """
 
     def __init__(self, start: torch.Tensor, *, rank: int, seed: int = 0, rate: float = 1e-3) -> None:
-        self.start, self._rate = start, rate
+        super().__init__(start, rate)
         rows, self.columns = start.shape
         generator = torch.Generator().manual_seed(seed)
         first = torch.randn(rank, self.columns, generator=generator, dtype=start.dtype) / self.columns**0.5
@@ -93,49 +88,17 @@ class LowRank(Variable):
         """Return the value to compute with in training."""
         return self.start + self.leaf[:, self.columns :].t() @ self.leaf[:, : self.columns]
 
-    def result(self) -> torch.Tensor:
-        """Return what is kept of the training."""
-        return self.value().detach().clone()
-
-    def untrained(self) -> torch.Tensor:
-        """Return what would be kept without it."""
-        return self.start.clone()
-
-    def settled(self, result: torch.Tensor) -> torch.Tensor:
-        """Return the value for a result."""
-        return result
-
-    def rate(self, iterations: int) -> float:
-        """Return the learning rate."""
-        return self._rate
-
 
 class Positive(Variable):
     """A scale is trained, in proportion to what it was: ``value = start * exp(leaf)``."""
 
     def __init__(self, start: torch.Tensor, *, rate: float = 2e-3) -> None:
-        self.start, self._rate = start, rate
+        super().__init__(start, rate)
         self.leaf = torch.zeros_like(start).requires_grad_()
 
     def value(self) -> torch.Tensor:
         """Return the value to compute with in training."""
         return self.start * self.leaf.exp()
-
-    def result(self) -> torch.Tensor:
-        """Return what is kept of the training."""
-        return self.value().detach().clone()
-
-    def untrained(self) -> torch.Tensor:
-        """Return what would be kept without it."""
-        return self.start.clone()
-
-    def settled(self, result: torch.Tensor) -> torch.Tensor:
-        """Return the value for a result."""
-        return result
-
-    def rate(self, iterations: int) -> float:
-        """Return the learning rate."""
-        return self._rate
 
 
 class Rounding(Variable):
@@ -153,6 +116,7 @@ class Rounding(Variable):
     """
 
     def __init__(self, weight: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+        super().__init__(weight, _STRIDE)
         self.low, self.high, self.step = low, high, high - low
         fixed = self.step <= 0
         self.share = torch.where(fixed, 0.0, (weight - low) / self.step.masked_fill(fixed, 1)).clamp(0, 1)
