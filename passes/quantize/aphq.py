@@ -27,6 +27,7 @@ import torch
 from torch import fx
 
 from xformopt.errors import DataError, PassError
+from xformopt.kernels.packing import WIDTHS
 from xformopt.match import arguments, is_call, operand, xf
 from xformopt.observers import affine_parameters, observe_ranges
 from xformopt.passes.quantize.support.perturbation import perturbation_hessian
@@ -55,7 +56,7 @@ class Aphq(Pass):
 
     Attributes:
         skip: Shell patterns of module paths or weight names that stay in floating point.
-        bits: Of a weight, 4 or 8.
+        bits: Of a weight: 2, 3, 4, 6 or 8.
         activation_bits: Of an activation, 2 to 6 or 8.
         attention: Whether queries, keys and values are quantized, too (simulated).
         relu: Whether MLPs are reconstructed with ReLU.
@@ -86,8 +87,8 @@ class Aphq(Pass):
     )
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8, but is {self.bits}")
+        if self.bits not in WIDTHS:
+            raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, but is {self.bits}")
         if self.activation_bits not in (*_SIMULATED_BITS, 8):
             raise ValueError(f"activation_bits must be 2 to 6 or 8, but is {self.activation_bits}")
         self._settings(1.0, drop=self.drop)

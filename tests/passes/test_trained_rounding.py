@@ -217,8 +217,9 @@ def test_sensitive_layers_stay_in_float(vit: Program, images: list[dict[str, tor
         assert distance(vit.run(images[0])["logits"], held.program.run(images[0])["logits"]) <= 0.7 * drift
 
 
-def test_few_bits_everywhere(vit: Program, images: list[dict[str, torch.Tensor]]) -> None:
-    result = run("aphq", vit, images, iterations=20, minutes=None)
+@pytest.mark.parametrize("bits", [4, 3])
+def test_few_bits_everywhere(vit: Program, images: list[dict[str, torch.Tensor]], bits: int) -> None:
+    result = run("aphq", vit, images, bits=bits, iterations=20, minutes=None)
     names = operators(result.program)
     assert names.count("xf.weight_only_linear") == 13
     # norms' outputs are shared by queries, keys and values; each of those is rounded, too
@@ -229,7 +230,7 @@ def test_few_bits_everywhere(vit: Program, images: list[dict[str, torch.Tensor]]
     assert distance(result.program.run(images[0])["logits"], found) < 0.05
     assert execution == {
         "activations in 4 bits, simulated in float": 15,
-        "linear layers stored in 4 bits, computed in float": 13,
+        f"linear layers stored in {bits} bits, computed in float": 13,
     }
 
 
@@ -347,7 +348,7 @@ def test_what_cannot_be_quantized_is_refused(
         ("adaround{iterations=0}", "iterations must be at least 1"),
         ("adaround{minutes=-1}", "minutes must be positive"),
         ("adaround{compute=int8}", "takes one symmetric scale per row"),
-        ("aphq{bits=5}", "bits must be 4 or 8"),
+        ("aphq{bits=5}", "bits must be one of 2, 3, 4, 6, 8"),
         ("aphq{activation_bits=7}", "activation_bits must be 2 to 6 or 8"),
         ("aphq{drop=1}", "drop must lie in"),
         ("quantize-float{format=fp5}", "refuses format"),

@@ -1,0 +1,154 @@
+"""Write tools/results/README.md: the measured results that the README of the project has no room for, as tables.
+
+python tools/summarize.py           rewrites it from tools/results/*.json, whatever of them there is
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xformopt.report.wording import milliseconds
+
+RESULTS = Path(__file__).parent / "results"
+Rows = Sequence[Sequence[str]]
+
+
+def table(header: Sequence[str], rows: Rows) -> str:
+    """Return a Markdown table whose columns are right-aligned but the first."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def reduction(found: Mapping[str, Any]) -> str:
+    """Doing less: FLOPs, time and accuracy of each technique, model by model."""
+    parts = []
+    for name, entry in found["models"].items():
+        trained = "exact" in entry
+        about = f"`{name}`"
+        if trained:
+            unit = " (lower is better)" if not entry["higher_is_better"] else ""
+            about += (
+                f": {entry['metric']}{unit} on `{entry['task']}`, {entry['count']} items, exact {entry['exact']:.4f}"
+            )
+        header = [
+            "technique",
+            "FLOPs left",
+            "times as fast",
+            *(["metric", "after 1 min of recovery"] if trained else []),
+        ]
+        rows = []
+        for technique, row in entry["techniques"].items():
+            if technique == "exact":
+                continue
+            if "refused" in row:
+                rows.append([technique, *["refused"] * (len(header) - 1)])
+                continue
+            cells = [technique, f"{row['flops_left']:.0%}", speedup(row.get("speedup"))]
+            if trained:
+                again = row.get("recovered", {})
+                cells += [f"{row['value']:.4f}", f"{again['value']:.4f}" if "value" in again else "not trained"]
+            rows.append(cells)
+        parts.append(f"{about}\n\n{table(header, rows)}\n{slower(entry['techniques'])}")
+    return "\n\n".join(parts)
+
+
+def speedup(found: Mapping[str, Any] | None) -> str:
+    """Return a ratio with its interval."""
+    if found is None:
+        return "fails"
+    ends = f" ({found['ci95'][0]:.2f} to {found['ci95'][1]:.2f})" if found.get("ci95") else ""
+    return f"{found['ratio']:.2f}{ends}"
+
+
+def slower(techniques: Mapping[str, Any]) -> str:
+    """Name what brings no time, with the operators that take what it saves; and what refuses, with the reason."""
+    before = techniques.get("exact", {}).get("operators_ms", {})
+    lines = []
+    for technique, row in techniques.items():
+        if "refused" in row:
+            lines.append(f"- {technique}: {row['refused']}")
+        elif technique != "exact" and row.get("operators_ms"):
+            more = {key: ms - before.get(key, 0.0) for key, ms in row["operators_ms"].items()}
+            worst = sorted(more.items(), key=lambda item: -abs(item[1]))[:4]
+            told = ", ".join(f"{key} {change:+.2f} ms" for key, change in worst)
+            lines.append(f"- {technique} is no faster; against the exact artifact: {told}.")
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def low_bit(found: Mapping[str, Any]) -> str:
+    """Few bits: what each method reaches on each task at each width."""
+    parts = [f"{found['judged'].capitalize()}."]
+    for name, entry in found["tasks"].items():
+        direction = "" if entry["higher_is_better"] else ", lower is better"
+        about = f"`{entry['model']}` on `{name}` ({entry['metric']}{direction}, {entry['count']} items): fp32"
+        methods = list(dict.fromkeys(method for width in entry["widths"].values() for method in width))
+        rows = [
+            [label, *(reached(width.get(method)) for method in methods)] for label, width in entry["widths"].items()
+        ]
+        parts.append(f"{about} {entry['fp32']:.4f}\n\n{table(['width', *methods], rows)}")
+    return "\n\n".join(parts)
+
+
+def reached(row: Mapping[str, Any] | None) -> str:
+    """Return a value, a refusal, or that there is none."""
+    return "" if row is None else "refused" if "refused" in row else f"{row['value']:.4f}"
+
+
+def packing(found: Mapping[str, Any]) -> str:
+    """Padding-free execution: a batch of BERT-base and a file of sentences on MiniLM."""
+    bert, minilm = found["bert-base"], found["minilm"]
+    rows = [
+        [run["name"], f"{run['latency_ms']['p50']:.0f}", speedup(run["speedup"]) if run["speedup"] else "1"]
+        for run in bert["runs"]
+        if run["latency_ms"]
+    ]
+    sentences = [
+        [run["name"], f"{run['sentences_per_second']:.0f}", f"{run['speedup']['ratio']:.2f}"] for run in minilm["runs"]
+    ]
+    return "\n\n".join(
+        (
+            f"BERT-base, batch 16, length 256, {bert['tokens_kept']:.0%} of the tokens are no padding",
+            table(["system", "ms", "times as fast as ours padded"], rows),
+            f"MiniLM, {minilm['sentences']} sentences in batches of {minilm['batch']}, {minilm['tokens_kept']:.0%} of "
+            "the tokens are no padding",
+            table(["system", "sentences per second", "times as fast as ours padded"], sentences),
+        )
+    )
+
+
+def lengths(found: Mapping[str, Any]) -> str:
+    """Attention of every kind against length."""
+    columns = sorted({run["length"] for run in found["runs"]})
+    names = list(dict.fromkeys(run["name"] for run in found["runs"]))
+    p50 = {
+        (run["name"], run["length"]): run["latency_ms"]["p50"] for run in found["runs"] if run["latency_ms"] is not None
+    }
+    rows = [[name, *(milliseconds(p50[name, n]) if (name, n) in p50 else "fails" for n in columns)] for name in names]
+    return "Milliseconds of one layer's token mixing, by length; `xformopt report` draws them.\n\n" + table(
+        ["", *(f"{length:,}" for length in columns)], rows
+    )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "reduction": ("Doing less", reduction),
+    "low-bit": ("Few bits", low_bit),
+    "packing": ("Padding-free execution", packing),
+    "lengths": ("Attention against length", lengths),
+}
+
+
+def main() -> None:
+    """Write the page."""
+    parts = ["# Results", "Written by `tools/summarize.py` from the JSON beside it; the programs that measure say how."]
+    for name, (title, describe) in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            parts += [f"## {title}", describe(json.loads(path.read_text()))]
+    (RESULTS / "README.md").write_text("\n\n".join(parts).replace("\n\n\n", "\n\n") + "\n")
+
+
+if __name__ == "__main__":
+    main()
