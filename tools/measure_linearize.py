@@ -13,7 +13,6 @@ task's own lengths and at 128 tokens.  A method that refuses a model says why.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,10 +24,13 @@ from typing import Any
 import torch
 
 import xformopt as xo
+
+sys.path.append(str(Path(__file__).parent))
+from results_file import FOLDER, ResultsFile
+
 from xformopt.comparison import measured_times
 from xformopt.errors import XformoptError
 from xformopt.evaluation import artifact_subject, calibration_of, judge
-from xformopt.measure.machine import describe_machine
 from xformopt.models.tasks.task import Score, Task
 from xformopt.models.zoo import find_trained
 from xformopt.original import capture_original
@@ -37,7 +39,7 @@ from xformopt.pipeline import Pipeline, PipelineResult
 from xformopt.program import Program
 from xformopt.tasks import find_task
 
-RESULTS = Path(__file__).parent / "results" / "linearize.json"
+RESULTS = FOLDER / "linearize.json"
 TARGET = "ort-cpu"
 SHORT = 128
 # trained towards the original's answers; the paper of Liger takes LoRA, those of the others train everything
@@ -172,18 +174,6 @@ def shortened(subject: Subject) -> list[dict[str, torch.Tensor]] | None:
     return [{name: value[:, :SHORT] for name, value in subject.samples[0].items()}]
 
 
-def write(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Put a model into the file."""
-    path.parent.mkdir(exist_ok=True)
-    models = json.loads(path.read_text())["models"] if path.exists() else {}
-    text = {
-        "schema": "xformopt/linearize/1",
-        "machine": vars(describe_machine()),
-        "models": {**models, name: entry},
-    }
-    path.write_text(json.dumps(text, indent=1, default=str) + "\n")
-
-
 def main(arguments: Sequence[str]) -> None:
     """Measure the models named on the command line, or all that have not been measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,13 +185,13 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.models if name not in MODELS]:
         parser.error(f"there is no model {unknown[0]!r} here: name {', '.join(MODELS)}")
-    known = json.loads(given.output.read_text())["models"] if given.output.exists() else {}
-    for name in given.models or [name for name in MODELS if name not in known]:
+    results = ResultsFile(given.output, "xformopt/linearize/1")
+    for name in given.models or [name for name in MODELS if name not in results.entries()]:
         methods, options = MODELS[name]
         chosen = given.methods.split(",") if given.methods else list(methods)
         picked = {method: value for method, value in methods.items() if method in chosen}
         subject = subject_of(name, given.samples, given.minutes)
-        write(given.output, name, measure(subject, picked, options))
+        results.put(name, measure(subject, picked, options))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ file already is passed over, unless its task is named.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +20,12 @@ from typing import Any
 
 import torch
 
+sys.path.append(str(Path(__file__).parent))
+from results_file import FOLDER, ResultsFile
+
 from xformopt.capture.resolve import MINILM
 from xformopt.errors import XformoptError
 from xformopt.evaluation import calibration_of, judge, program_subject
-from xformopt.measure.machine import describe_machine
 from xformopt.measure.statistics import paired_difference
 from xformopt.models.tasks.task import Score, Task
 from xformopt.models.zoo import find_trained
@@ -34,7 +35,8 @@ from xformopt.pipeline import Context, Pipeline
 from xformopt.program import Program
 from xformopt.tasks import task_for
 
-RESULTS = Path(__file__).parent / "results" / "low-bit.json"
+JUDGED = "programs run by torch; below 8 bits weights are stored packed, activations are simulated"
+RESULTS = ResultsFile(FOLDER / "low-bit.json", "xformopt/low-bit/1", "tasks", {"judged": JUDGED})
 MODELS = {"digits": "digits-vit", "listops": "listops-t5", "retrieval": MINILM, "pycode": "pycode-llama"}
 # bits of weights and activations; the last two are no common target, and show where the methods part
 WIDTHS = ((6, 6), (4, 8), (4, 4), (3, 3), (2, 3))
@@ -166,7 +168,7 @@ def measure(name: str, known: Mapping[str, Any]) -> None:
     for label, variants in COMMON.items():
         if label not in entry["widths"]:
             entry["widths"][label] = {title: tried(name, folds, passes, fp32) for title, passes in variants.items()}
-            write(name, entry)
+            RESULTS.put(name, entry)
     for weight_bits, activation_bits in WIDTHS:
         label = f"W{weight_bits}A{activation_bits}"
         if label in entry["widths"]:
@@ -177,7 +179,7 @@ def measure(name: str, known: Mapping[str, Any]) -> None:
             if method != ROUNDING:
                 found[method] = tried(name, folds, passes_at(weight_bits, activation_bits), fp32, rounding)
         entry["widths"][label] = found
-        write(name, entry)
+        RESULTS.put(name, entry)
 
 
 def tried(
@@ -191,30 +193,12 @@ def tried(
         return {"passes": list(passes), "refused": str(error)}
 
 
-def measured() -> dict[str, Any]:
-    """Return what the file of results holds so far, by task."""
-    tasks: dict[str, Any] = json.loads(RESULTS.read_text())["tasks"] if RESULTS.exists() else {}
-    return tasks
-
-
-def write(name: str, entry: Mapping[str, Any]) -> None:
-    """Put a task into the file; another process may have measured another meanwhile."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    text = {
-        "schema": "xformopt/low-bit/1",
-        "machine": vars(describe_machine()),
-        "judged": "programs run by torch; below 8 bits weights are stored packed, activations are simulated",
-        "tasks": {**measured(), name: entry},
-    }
-    RESULTS.write_text(json.dumps(text, indent=1, default=str) + "\n")
-
-
 def main() -> None:
     """Measure the tasks named on the command line anew, or what is missing of all."""
     if unknown := [name for name in sys.argv[1:] if name not in MODELS]:
         sys.exit(f"There is no task {unknown[0]!r}: name {', '.join(MODELS)}.")
     for name in sys.argv[1:] or MODELS:
-        known = {} if name in sys.argv[1:] else measured().get(name, {})
+        known = {} if name in sys.argv[1:] else RESULTS.entries().get(name, {})
         if len(known.get("widths", {})) < len(WIDTHS) + len(COMMON):
             measure(name, known)
 

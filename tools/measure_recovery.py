@@ -8,7 +8,6 @@ minutes at most on the one thread it is given.  Models of several folds are judg
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,8 +16,10 @@ from typing import Any
 
 import torch
 
+sys.path.append(str(Path(__file__).parent))
+from results_file import FOLDER, ResultsFile
+
 from xformopt.evaluation import calibration_of, judge, program_subject
-from xformopt.measure.machine import describe_machine
 from xformopt.models.tasks.task import Score, Task
 from xformopt.models.zoo import find_trained
 from xformopt.original import capture_original
@@ -27,7 +28,7 @@ from xformopt.pipeline import Pipeline
 from xformopt.program import Program
 from xformopt.tasks import task_for
 
-RESULTS = Path(__file__).parent / "results" / "recovery.json"
+RESULTS = ResultsFile(FOLDER / "recovery.json", "xformopt/recovery/1")
 MODELS = ("digits-vit", "listops-t5")
 SAMPLES = 1024
 # the technique, how it is recovered from, and what follows
@@ -78,13 +79,7 @@ def main(names: Sequence[str]) -> None:
         sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(MODELS)}.")
     torch.set_num_threads(1)
     for name in names or MODELS:
-        models = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
-        text = {
-            "schema": "xformopt/recovery/1",
-            "machine": vars(describe_machine()),
-            "models": {**models, name: measure(name)},
-        }
-        RESULTS.write_text(json.dumps(text, indent=1, default=str) + "\n")
+        RESULTS.put(name, measure(name))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ model says why; what is no faster than the exact artifact is listed with the tim
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,15 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 from reference_models import REFERENCE, dynamic_axes
+from results_file import FOLDER, ResultsFile, beside, timed
 
 import xformopt as xo
 from xformopt.analysis import cost
-from xformopt.benchmark import BenchSettings, Candidate, run_bench
+from xformopt.benchmark import Candidate
 from xformopt.capture.resolve import MINILM
 from xformopt.errors import PassError, XformoptError
 from xformopt.evaluation import artifact_subject, calibration_of, judge
 from xformopt.lowering.artifact import Artifact
-from xformopt.measure.machine import describe_machine
-from xformopt.measure.statistics import paired_difference
 from xformopt.models.tasks.task import Score, Task
 from xformopt.models.zoo import find_trained
 from xformopt.original import capture_original
@@ -43,7 +41,7 @@ from xformopt.pipeline.recipes import load_recipe
 from xformopt.program import Program, example_sizes, sample_inputs
 from xformopt.tasks import task_for
 
-RESULTS = Path(__file__).parent / "results" / "reduction.json"
+RESULTS = ResultsFile(FOLDER / "reduction.json", "xformopt/reduction/1")
 TASK_MODELS = ("digits-vit", "digits-deit", "digits-pvt", "listops-t5", "pycode-gpt", "pycode-llama", MINILM)
 # real sizes, and the batch that they are timed at
 SIZE_MODELS = {"deit-s": ("deit-s", 1), "deit-s batch 8": ("deit-s", 8), "bert-base": ("bert-base", 1)}
@@ -128,7 +126,7 @@ def recovered(subject: Subject, text: str, folder: Path) -> dict[str, Any]:
     except XformoptError as error:
         return {"pass": RECOVERY, "refused": str(error)}
     record = done.history[0]
-    row = describe(subject, scored(subject, build(subject, done.program, folder)))
+    row = beside(subject.score, scored(subject, build(subject, done.program, folder)))
     return {"pass": RECOVERY, "changed": record.changed, "seconds": record.seconds, "notes": record.notes, **row}
 
 
@@ -161,7 +159,7 @@ def measure(name: str) -> dict[str, Any]:
             path = Path(folder) / technique.replace(" ", "-").replace("%", "")
             try:
                 program = run_passes(subject.program, (text,), subject.calibration)
-                row = describe(subject, scored(subject, build(subject, program, path)))
+                row = beside(subject.score, scored(subject, build(subject, program, path)))
             except XformoptError as error:
                 rows[technique] = {"pass": text, "refused": str(error)}
             else:
@@ -171,7 +169,7 @@ def measure(name: str) -> dict[str, Any]:
                     rows[technique]["recovered"] = recovered(subject, text, path.with_suffix(".recovered"))
                 candidates.append(Candidate(technique, "ort-cpu", path, flops=left, max_relative_l2=float("inf")))
             print(name, technique, {key: value for key, value in rows[technique].items() if key != "pass"}, flush=True)
-        for technique, row in timed(subject, candidates).items():
+        for technique, row in timings(subject, candidates).items():
             rows.setdefault(technique, {}).update(row)
             print(name, technique, row, flush=True)
     result: dict[str, Any] = {"techniques": rows, "flops": flops}
@@ -181,50 +179,17 @@ def measure(name: str) -> dict[str, Any]:
     return result
 
 
-def describe(subject: Subject, score: Score | None) -> dict[str, Any]:
-    """Return what an artifact reaches, beside what the exact one does on the same items."""
-    if score is None or subject.score is None:
-        return {}
-    weights = None if score.weights is None else score.weights.tolist()
-    found = paired_difference(subject.score.items.tolist(), score.items.tolist(), weights)
-    interval = None if found is None else [found.low, found.high]
-    difference = score.value - subject.score.value
-    return {"value": score.value, "difference": difference, "difference_ci95": interval, "details": score.details}
-
-
-def timed(subject: Subject, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
-    """Time all artifacts in one run; speed-ups are over the exact one."""
-    arrays = {key: value.numpy() for key, value in subject.inputs.items()}
-    reference = {key: value.numpy() for key, value in subject.exact.run(subject.inputs).items()}
-    settings = BenchSettings(threads=2, rounds=15, round_seconds=0.2, over="exact", profile_rounds=2)
-    report = run_bench(candidates, arrays, reference, settings=settings, source=subject.label)
+def timings(subject: Subject, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+    """Time all artifacts in one run; what is no faster than the exact one shows where its time goes, as that does."""
     rows: dict[str, dict[str, Any]] = {}
-    for run in report.runs:
+    for name, run in timed(candidates, subject.exact, subject.inputs, subject.label, profile_rounds=2).items():
         row: dict[str, Any] = {"p50_ms": run.latency_ms.p50 if run.latency_ms else None, "error": run.error}
         if run.speedup is not None:
             row["speedup"] = run.speedup.model_dump()
         if run.speedup is None or not run.speedup.is_difference or run.speedup.ratio < 1:
-            # of the artifact compared with, and of what is no faster than it: where the time goes
             row["operators_ms"] = {operator.name: operator.ms for operator in (run.operators or ())[:OPERATORS]}
-        rows[run.name] = row
+        rows[name] = row
     return rows
-
-
-def measured() -> dict[str, Any]:
-    """Return what the file of results holds so far, by model."""
-    models: dict[str, Any] = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
-    return models
-
-
-def write(name: str, entry: Mapping[str, Any]) -> None:
-    """Put a model into the file."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    text = {
-        "schema": "xformopt/reduction/1",
-        "machine": vars(describe_machine()),
-        "models": {**measured(), name: entry},
-    }
-    RESULTS.write_text(json.dumps(text, indent=1, default=str) + "\n")
 
 
 def main() -> None:
@@ -232,8 +197,8 @@ def main() -> None:
     every = (*TASK_MODELS, *SIZE_MODELS)
     if unknown := [name for name in sys.argv[1:] if name not in every]:
         sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(every)}.")
-    for name in sys.argv[1:] or [name for name in every if name not in measured()]:
-        write(name, measure(name))
+    for name in sys.argv[1:] or [name for name in every if name not in RESULTS.entries()]:
+        RESULTS.put(name, measure(name))
 
 
 if __name__ == "__main__":

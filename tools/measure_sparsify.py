@@ -13,10 +13,9 @@ refuses says why.  A model that is in the file already is passed over, unless it
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 
+sys.path.append(str(Path(__file__).parent))
+from results_file import FOLDER, ResultsFile, beside, timed
+
 import xformopt as xo
 from xformopt.analysis import cost
-from xformopt.benchmark import BenchSettings, Candidate, run_bench
+from xformopt.benchmark import Candidate
 from xformopt.errors import XformoptError
 from xformopt.evaluation import artifact_subject, calibration_of, judge
 from xformopt.lowering.artifact import Artifact
-from xformopt.measure.machine import describe_machine
-from xformopt.measure.statistics import paired_difference
 from xformopt.models.gpt import Gpt, GptConfig
 from xformopt.models.tasks.task import Score, Task
 from xformopt.models.zoo import find_trained
@@ -41,7 +41,7 @@ from xformopt.pipeline.recipes import load_recipe
 from xformopt.program import Program, example_sizes, sample_inputs
 from xformopt.tasks import task_for
 
-RESULTS = Path(__file__).parent / "results" / "sparsify.json"
+RESULTS = ResultsFile(FOLDER / "sparsify.json", "xformopt/sparsify/1")
 SHARES = (0.25, 0.12, 0.06)
 TECHNIQUES = {
     "dam": "mask-attention{{keep={keep},block={block}}}",
@@ -168,7 +168,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
                 if not record.changed:
                     raise XformoptError("; ".join(reason for reason, _ in record.rejected))
                 folder = Path(scratch) / f"{len(rows)}"
-                row = describe(subject, reached, scored(subject, build(result.program, folder)))
+                row = beside(reached, scored(subject, build(result.program, folder)))
             except XformoptError as error:
                 rows[label] = {"pass": text, "refused": str(error)}
             else:
@@ -178,7 +178,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             print(name, label, {key: value for key, value in rows[label].items() if key != "pass"}, flush=True)
         for length in subject.timed or (0,):
             inputs = sample_inputs(program, sizes_at(program, length), seed=1)
-            for label, row in timed(exact, candidates, inputs, name, rounds).items():
+            for label, run in timed(candidates, exact, inputs, name, rounds=rounds).items():
+                row = {"p50_ms": run.latency_ms.p50 if run.latency_ms else None, "error": run.error}
+                row |= {} if run.speedup is None else {"speedup": run.speedup.model_dump()}
                 rows.setdefault(label, {}).setdefault("timed", {})[str(length or subject.tokens)] = row
                 print(name, length, label, row, flush=True)
     found: dict[str, Any] = {"techniques": rows, "flops": flops, "tokens": subject.tokens}
@@ -195,50 +197,6 @@ def passes_for(subject: Subject) -> Iterator[tuple[str, str]]:
             yield f"{label} {keep:.0%}", text.format(keep=keep, block=block_of(subject, keep))
 
 
-def describe(subject: Subject, exact: Score | None, score: Score | None) -> dict[str, Any]:
-    """Return what an artifact reaches, beside what the exact one does on the same items."""
-    if exact is None or score is None:
-        return {}
-    weights = None if score.weights is None else score.weights.tolist()
-    found = paired_difference(exact.items.tolist(), score.items.tolist(), weights)
-    interval = None if found is None else [found.low, found.high]
-    difference = score.value - exact.value
-    return {"value": score.value, "difference": difference, "difference_ci95": interval, "details": score.details}
-
-
-def timed(
-    exact: Program, candidates: Sequence[Candidate], inputs: Mapping[str, torch.Tensor], source: str, rounds: int
-) -> dict[str, dict[str, Any]]:
-    """Time all artifacts in one run; speed-ups are over the exact one."""
-    arrays = {key: value.numpy() for key, value in inputs.items()}
-    reference = {key: value.numpy() for key, value in exact.run(dict(inputs)).items()}
-    settings = BenchSettings(threads=2, rounds=rounds, round_seconds=0.2, over="exact")
-    rows: dict[str, dict[str, Any]] = {}
-    for run in run_bench(candidates, arrays, reference, settings=settings, source=source).runs:
-        row: dict[str, Any] = {"p50_ms": run.latency_ms.p50 if run.latency_ms else None, "error": run.error}
-        if run.speedup is not None:
-            row["speedup"] = run.speedup.model_dump()
-        rows[run.name] = row
-    return rows
-
-
-def measured() -> dict[str, Any]:
-    """Return what the file of results holds so far, by model."""
-    models: dict[str, Any] = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
-    return models
-
-
-def write(name: str, entry: Mapping[str, Any]) -> None:
-    """Put a model into the file."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    text = {
-        "schema": "xformopt/sparsify/1",
-        "machine": vars(describe_machine()),
-        "models": {**measured(), name: entry},
-    }
-    RESULTS.write_text(json.dumps(text, indent=1, default=str) + "\n")
-
-
 def main() -> None:
     """Measure the models named on the command line, or all that have not been measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -247,8 +205,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := [name for name in options.models if name not in MODELS]:
         sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(MODELS)}.")
-    for name in options.models or [name for name in MODELS if name not in measured()]:
-        write(name, measure(name, options.rounds))
+    for name in options.models or [name for name in MODELS if name not in RESULTS.entries()]:
+        RESULTS.put(name, measure(name, options.rounds))
 
 
 if __name__ == "__main__":
