@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,25 @@ TECHNIQUES = {
     "prune tokens 40%": "prune-tokens{fewer_flops=0.4}",
     "transform tokens 40%": "transform-tokens{fewer_flops=0.4}",
     "slim patches 40%": "slim-patches{fewer_flops=0.4}",
+    "axformer": "prune-by-score{tolerance=0.005}",
+    "hard attention": "harden-attention{keys=16}",
+    "svd 40%": "factorize-weights{remove=0.4}",
+    "dsformer, half the bytes": "factorize-sparse",
+    "remove a layer": "remove-layers",
+    "fuse a layer": "fuse-layers{minutes=1.0}",
+    "layers side by side": "parallelize-layers",
+    "recursive, two layers": "share-layers{layers=2,minutes=1.0}",
 }
 # removal at real sizes: what is removed does not change the time, so the cheapest importance stands for all
-AT_SIZE = ("magnitude 40%", "magnitude 50%", "sublayers 25%", "merge tokens 40%", "transform tokens 40%")
+AT_SIZE = (
+    "magnitude 40%",
+    "magnitude 50%",
+    "sublayers 25%",
+    "merge tokens 40%",
+    "transform tokens 40%",
+    "svd 40%",
+    "layers side by side",
+)
 SAMPLES = 8
 OPERATORS = 10
 # recovery sees more calibration data than the techniques do
@@ -99,7 +115,9 @@ def subject_of(name: str) -> Subject:
     return Subject(name, program, dict(program.example_inputs), samples, task, exact, more)
 
 
-def run_passes(program: Program, passes: Sequence[str], samples: Sequence[dict[str, torch.Tensor]]) -> Program:
+def run_passes(
+    program: Program, passes: Sequence[str], samples: Sequence[dict[str, torch.Tensor]], observe: Any = None
+) -> Program:
     """Run a technique and the exact recipe.
 
     Raises:
@@ -107,7 +125,7 @@ def run_passes(program: Program, passes: Sequence[str], samples: Sequence[dict[s
 
     """
     steps = (*(parse_pass(text) for text in passes), *load_recipe("exact"))
-    result = Pipeline(steps).run(program, calibration=samples)
+    result = Pipeline(steps).run(program, calibration=samples, observe=observe)
     named = {step.name for step in steps[: len(passes)]}
     for record in result.history:
         if record.name in named and not record.changed:
@@ -116,21 +134,20 @@ def run_passes(program: Program, passes: Sequence[str], samples: Sequence[dict[s
     return result.program
 
 
-def recovered(subject: Subject, text: str, folder: Path) -> dict[str, Any]:
-    """Return what a technique reaches on the task once it is trained towards the original, or why it cannot be."""
+def recovered(subject: Subject, reduced: Program, folder: Path) -> dict[str, Any]:
+    """Return what a reduced program reaches on the task once it is trained towards the original, or why it cannot."""
     lifted = Pipeline().run(subject.program).program
-    reduced = Pipeline([parse_pass(text)]).run(lifted, calibration=subject.calibration).program
     steps = (parse_pass(RECOVERY), *load_recipe("exact"))
     try:
         done = Pipeline(steps).run(reduced, calibration=subject.more, original=lifted)
     except XformoptError as error:
         return {"pass": RECOVERY, "refused": str(error)}
     record = done.history[0]
-    row = beside(subject.score, scored(subject, build(subject, done.program, folder)))
+    row = beside(subject.score, scored(subject, build(done.program, folder)))
     return {"pass": RECOVERY, "changed": record.changed, "seconds": record.seconds, "notes": record.notes, **row}
 
 
-def build(subject: Subject, program: Program, folder: Path) -> Artifact:
+def build(program: Program, folder: Path) -> Artifact:
     """Lower a program, with the default forms: those of both sides are then the same."""
     artifact = xo.lower(program, measure=False)
     artifact.save(folder, program=False)
@@ -142,41 +159,59 @@ def scored(subject: Subject, artifact: Artifact) -> Score | None:
     return None if subject.task is None else judge(subject.task, artifact_subject(artifact), None).score
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Measure every technique on one model."""
+def measure(name: str, wanted: Mapping[str, str]) -> dict[str, Any]:
+    """Measure techniques, each with its pass, on one model."""
     subject = subject_of(name)
     flops = cost(subject.exact, example_sizes(subject.exact)).flops
     rows: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        exact = build(subject, subject.exact, Path(folder) / "exact")
-        subject.score = scored(subject, exact)
-        candidates = [Candidate("exact", "ort-cpu", Path(folder) / "exact", flops=flops)]
-        for technique, text in TECHNIQUES.items():
-            if name in SIZE_MODELS and technique not in AT_SIZE:
-                continue
-            if name not in SIZE_MODELS and technique in FEWER_SECONDS:
-                text = text.replace("}", FEWER_SECONDS[technique] + "}")
-            path = Path(folder) / technique.replace(" ", "-").replace("%", "")
-            try:
-                program = run_passes(subject.program, (text,), subject.calibration)
-                row = beside(subject.score, scored(subject, build(subject, program, path)))
-            except XformoptError as error:
-                rows[technique] = {"pass": text, "refused": str(error)}
-            else:
-                left = cost(program, example_sizes(program)).flops
-                rows[technique] = {"pass": text, "flops_left": left / flops, **row}
-                if subject.task is not None:
-                    rows[technique]["recovered"] = recovered(subject, text, path.with_suffix(".recovered"))
-                candidates.append(Candidate(technique, "ort-cpu", path, flops=left, max_relative_l2=float("inf")))
-            print(name, technique, {key: value for key, value in rows[technique].items() if key != "pass"}, flush=True)
-        for technique, row in timings(subject, candidates).items():
-            rows.setdefault(technique, {}).update(row)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        subject.score = scored(subject, build(subject.exact, folder / "exact"))
+        candidates = [Candidate("exact", "ort-cpu", folder / "exact", flops=flops)]
+        for number, (technique, text) in enumerate(wanted.items()):
+            kept = folder / str(number)
+            rows[technique] = row = {"pass": text, **reduce(subject, text, kept, flops)}
+            if "flops_left" in row:
+                left = row["flops_left"] * flops
+                candidates.append(Candidate(technique, "ort-cpu", kept, flops=left, max_relative_l2=float("inf")))
             print(name, technique, row, flush=True)
+        for technique, found in timings(subject, candidates).items():
+            rows.setdefault(technique, {}).update(found)
+            print(name, technique, found, flush=True)
     result: dict[str, Any] = {"techniques": rows, "flops": flops}
     if subject.task is not None and subject.score is not None:
         result |= {"task": subject.task.name, "metric": subject.task.metric, "exact": subject.score.value}
         result |= {"higher_is_better": subject.task.higher_is_better, "count": subject.score.count}
     return result
+
+
+def reduce(subject: Subject, text: str, folder: Path, flops: float) -> dict[str, Any]:
+    """Run a technique, keep its artifact, and return the FLOPs that are left and what it reaches; or why it refuses."""
+    seen: list[Program] = []
+    try:
+        name = parse_pass(text).name
+        program = run_passes(
+            subject.program,
+            (text,),
+            subject.calibration,
+            lambda record, left: seen.append(left) if record.name == name else None,
+        )
+        row = beside(subject.score, scored(subject, build(program, folder)))
+    except XformoptError as error:
+        return {"refused": str(error)}
+    row = {"flops_left": cost(program, example_sizes(program)).flops / flops, **row}
+    if subject.task is not None:
+        row["recovered"] = recovered(subject, seen[0], folder.with_suffix(".recovered"))
+    return row
+
+
+def techniques_of(name: str) -> dict[str, str]:
+    """Return the passes to measure on a model."""
+    if name in SIZE_MODELS:
+        return {technique: TECHNIQUES[technique] for technique in AT_SIZE}
+    return {
+        technique: text.replace("}", FEWER_SECONDS.get(technique, "") + "}") for technique, text in TECHNIQUES.items()
+    }
 
 
 def timings(subject: Subject, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
@@ -193,12 +228,15 @@ def timings(subject: Subject, candidates: Sequence[Candidate]) -> dict[str, dict
 
 
 def main() -> None:
-    """Measure the models named on the command line, or all that have not been measured."""
+    """Measure the models named on the command line anew, or what is missing of all."""
     every = (*TASK_MODELS, *SIZE_MODELS)
     if unknown := [name for name in sys.argv[1:] if name not in every]:
         sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(every)}.")
-    for name in sys.argv[1:] or [name for name in every if name not in RESULTS.entries()]:
-        RESULTS.put(name, measure(name))
+    for name in sys.argv[1:] or every:
+        known = {} if name in sys.argv[1:] else RESULTS.entries().get(name, {}).get("techniques", {})
+        if missing := {key: text for key, text in techniques_of(name).items() if key not in known}:
+            found = measure(name, missing)
+            RESULTS.put(name, {**found, "techniques": {**known, **found["techniques"]}})
 
 
 if __name__ == "__main__":
