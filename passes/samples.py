@@ -28,7 +28,9 @@ def sample_rows(
 ) -> dict[str, torch.Tensor]:
     """Run ``program`` on calibration batches and return rows of the values in ``names``, ``[N, C]`` each.
 
-    They are spread evenly over all positions that are valid; no more than ``rows`` in all.
+    They are spread evenly over all positions that are valid; no more than ``rows`` in all.  A value whose rows are not
+    equally long in all batches (weights of attention, over sequences of several lengths) comes as one column,
+    ``[N, 1]``.
 
     Raises:
         DataError: no batches, or a value that is NaN or infinite.
@@ -41,7 +43,13 @@ def sample_rows(
     share = max(1, rows // len(batches))
     for batch in batches:
         interpret(program, batch, observe=_keeping(program, batch, kept, share))
-    return {name: torch.cat(parts)[:rows] for name, parts in kept.items()}
+    return {name: _joined(parts, rows) for name, parts in kept.items()}
+
+
+def _joined(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+    if len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(parts)[:rows]
+    return torch.cat([part.reshape(-1, 1) for part in parts])
 
 
 def _keeping(

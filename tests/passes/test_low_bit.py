@@ -92,6 +92,28 @@ def vit() -> tuple[Program, list[dict[str, torch.Tensor]]]:
 
 
 @pytest.mark.parametrize("name", PASSES)
+def test_calibration_data_may_have_several_lengths(name: str) -> None:
+    program = Program.parse("""
+program "m" lifted
+dim batch in [1, inf]
+dim length in [1, 64]
+input %x: f32[batch,length,16]
+param %g: f32[16]
+param %c: f32[16]
+param %w: f32[16,16]
+%n: f32[batch,length,16] = xf.layer_norm(%x, %g, %c) {eps=1e-05}
+%a: f32[batch,length,16] = xf.attention(%n, %n, %n) {heads=2, kv_heads=2, scale=0.35}
+%o: f32[batch,length,16] = xf.linear(%a, %w)
+return y=%o
+""")
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"x": torch.randn(4, length, 16, generator=generator)} for length in (5, 11, 7)]
+    found = parse_pass(name).run(program, Context(calibration=batches)).program
+    for batch in batches:
+        assert distance(program.run(batch)["y"], found.run(batch)["y"]) < 0.5
+
+
+@pytest.mark.parametrize("name", PASSES)
 def test_a_vision_transformer_on_the_target(
     name: str, vit: tuple[Program, list[dict[str, torch.Tensor]]], tmp_path: Path
 ) -> None:
