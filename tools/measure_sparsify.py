@@ -44,10 +44,13 @@ from xformopt.tasks import task_for
 RESULTS = Path(__file__).parent / "results" / "sparsify.json"
 SHARES = (0.25, 0.12, 0.06)
 TECHNIQUES = {
-    "dam": "mask-attention{{keep={keep},block={block}}}",
+    "dam": "mask-attention{{keep={keep},block={block},score=amplified}}",
+    "dam, by mass": "mask-attention{{keep={keep},block={block},score=mass}}",
+    "dam, by answer": "mask-attention{{keep={keep},block={block},score=answer}}",
     "mra-2": "refine-attention{{keep={keep},block={block}}}",
     "mra-2-s": "refine-attention{{keep={keep},block={block},coarse=false}}",
     "masformer, untrained": "localize-attention{{keep={keep}}}",
+    "probsparse, untrained": "rank-queries{{keep={keep}}}",
 }
 BLOCKS = (64, 32, 16, 8, 4, 2)
 FEW = 128

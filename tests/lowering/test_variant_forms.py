@@ -37,6 +37,12 @@ BODIES = {
 %o2: {OUT} = xf.local_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, window_left=2, window_right=1, dilation=3}}
 %o3: {OUT} = xf.local_attention(%q, %k, %v) {{heads=2, scale=0.7, window_left=2, window_right=1, dilation=2, stripe=5}}
 %o4: {OUT} = xf.local_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, window_left=4, stripe=3, causal=true}}
+%qt: f32[batch,6,length] = aten.transpose.int(%q) {{dim0=1, dim1=2}}
+%b0: f32[batch,length,length] = aten.matmul.default(%q, %qt)
+%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0) {{dim=1}}
+%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1]) {{dim=1}}
+%o5: {OUT} = xf.local_attention(%q, %k, %v, %mask, %b1) {{heads=2, scale=0.7, window_left=3, window_right=20}}
+%o6: {OUT} = xf.local_attention(%q, %k, %v, none, %b2) {{heads=2, scale=0.7, window_left=9, causal=true}}
 """,
     "block_sparse_attention": f"""
 param %one: bool[1,20,20]
@@ -64,6 +70,17 @@ param %none: bool[1,20,20]
 %o1: {OUT} = xf.mra_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, block=16, keep=0.3, causal=true}}
 %o2: {OUT} = xf.mra_attention(%q, %k, %v, %mask, %b1) {{heads=2, scale=0.7, block=16, keep=0.5}}
 %o3: {OUT} = xf.mra_attention(%q, %k, %v, none, %b2) {{heads=2, scale=0.7, block=16, keep=0.5, coarse=false}}
+""",
+    "prob_sparse_attention": f"""
+param %at: f32[9]
+%qt: f32[batch,6,length] = aten.transpose.int(%q) {{dim0=1, dim1=2}}
+%b0: f32[batch,length,length] = aten.matmul.default(%q, %qt)
+%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0) {{dim=1}}
+%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1]) {{dim=1}}
+%o0: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at) {{heads=2, scale=0.7, factor=2.0}}
+%o1: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at, %mask) {{heads=2, scale=0.7, factor=5.0, causal=true}}
+%o2: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at, %mask, %b1) {{heads=2, scale=0.7, factor=5.0}}
+%o3: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at, none, %b2) {{heads=2, scale=0.7, factor=3.0, causal=true}}
 """,
     "entmax_attention": f"""
 %o0: {OUT} = xf.entmax_attention(%q, %k, %v) {{heads=2, scale=0.7}}
@@ -107,7 +124,8 @@ def block_masks() -> dict[str, torch.Tensor]:
 
 
 def program(name: str) -> Program:
-    parameters = block_masks() if name == "block_sparse_attention" else None
+    given = {"block_sparse_attention": block_masks(), "prob_sparse_attention": {"at": torch.arange(9) / 9}}
+    parameters = given.get(name)
     body = BODIES[name]
     outputs = [line.split(":")[0] for line in body.splitlines() if line.startswith("%o")]
     unused = "" if "%mask" in body else "input %mask: bool[batch,length]\n"

@@ -30,6 +30,7 @@ TESTED_APART = {
     "pack_tokens",
     "plan_packing",
     "prefix_scan_attention",
+    "prob_sparse_attention",
     "rank_tokens",
     "restore_tokens",
     "retention",

@@ -52,6 +52,7 @@ def local(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     *,
     heads: int,
     scale: float,
@@ -68,7 +69,7 @@ def local(
         in_stripe = stripe > 0 and (i - j) % stripe == 0
         return exists and (i - j in window or in_stripe) and (j <= i or not causal)
 
-    return by_loops(q, k, v, sees, scale)
+    return by_loops(q, k, v, sees, scale, bias=bias)
 
 
 def channels(
