@@ -228,6 +228,33 @@ def test_block_sparse_attention_computes_only_blocks_that_are_kept() -> None:
     assert not found[:, 80:].any()
 
 
+EVEN = """
+program "even" lifted
+dim batch in [1, inf]
+input %q: f32[batch,32,6]
+input %k: f32[batch,32,6]
+input %v: f32[batch,32,10]
+input %bias: f32[1,2,32,32]
+param %mask: bool[2,SIZE,SIZE]
+%o: f32[batch,32,10] = xf.block_sparse_attention(%q, %k, %v, %mask) {heads=2, scale=0.7, block=BLOCK}
+%b: f32[batch,32,10] = xf.block_sparse_attention(%q, %k, %v, %mask, none, %bias) {heads=2, scale=0.7, block=BLOCK}
+return o=%o, b=%b
+"""
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_heads_whose_rows_all_keep_as_many_blocks_stay_apart(blocks: int) -> None:
+    # one product holds the rows of both heads, by rows first
+    mask = torch.stack([torch.eye(blocks), torch.eye(blocks).flip(0)]).bool()
+    text = EVEN.replace("SIZE", str(blocks)).replace("BLOCK", str(32 // blocks))
+    exported = export_onnx(Program.parse(text, parameters={"mask": mask}))
+    given = {"q": torch.randn(2, 32, 6), "k": torch.randn(2, 32, 6), "v": torch.randn(2, 32, 10)}
+    given["bias"] = torch.randn(1, 2, 32, 32)
+    expected = exported.program.run(given)
+    for name, found in zip(("o", "b"), run(exported, given), strict=True):
+        np.testing.assert_allclose(found, expected[name].numpy(), atol=1e-5)
+
+
 def test_a_block_mask_known_at_run_time_only_is_refused() -> None:
     text = BAND.replace("param %mask", "input %mask")
     with pytest.raises(LoweringError, match="its block mask is computed at run time"):
