@@ -51,6 +51,7 @@ TECHNIQUES = {
     "mra-2-s": "refine-attention{{keep={keep},block={block},coarse=false}}",
     "masformer, untrained": "localize-attention{{keep={keep}}}",
     "probsparse, untrained": "rank-queries{{keep={keep}}}",
+    "combiner, untrained": "combine-regions{{block={block}}}",
 }
 BLOCKS = (64, 32, 16, 8, 4, 2)
 FEW = 128

@@ -71,6 +71,11 @@ param %none: bool[1,20,20]
 %o2: {OUT} = xf.mra_attention(%q, %k, %v, %mask, %b1) {{heads=2, scale=0.7, block=16, keep=0.5}}
 %o3: {OUT} = xf.mra_attention(%q, %k, %v, none, %b2) {{heads=2, scale=0.7, block=16, keep=0.5, coarse=false}}
 """,
+    "combiner_attention": f"""
+%o0: {OUT} = xf.combiner_attention(%q, %k, %v) {{heads=2, scale=0.7, block=16}}
+%o1: {OUT} = xf.combiner_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, block=16, causal=true}}
+%o2: {OUT} = xf.combiner_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, block=7}}
+""",
     "prob_sparse_attention": f"""
 param %at: f32[9]
 %qt: f32[batch,6,length] = aten.transpose.int(%q) {{dim0=1, dim1=2}}

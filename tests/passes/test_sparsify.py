@@ -43,6 +43,9 @@ return hidden=%t valid keep %mask
 """
 
 
+WITHOUT_BIAS = TEXT.replace(", %keep, %far)", ", %keep)").replace("input %far: f32[1,4,length,length]\n", "")
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XFORMOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -69,7 +72,7 @@ def run(name: str, program: Program, **options: Any) -> PassResult:
 def check_artifact(program: Program) -> None:
     artifact = lower(program, measure=False)
     for length in (1, 9, 40):
-        given = inputs(length)
+        given = {name: value for name, value in inputs(length).items() if name in program.input_names}
         expected = program.run(given)["hidden"]
         found = torch.from_numpy(artifact.run(**{name: value.numpy() for name, value in given.items()})["hidden"])
         assert bool(found.isfinite().all())
@@ -260,6 +263,17 @@ def test_queries_that_are_rated_highest_attend(encoder: Program) -> None:
     assert "would depend on later ones" in reject.reason
 
 
+def test_blocks_stand_for_their_keys(encoder: Program) -> None:
+    (reject,) = run("combine-regions", encoder, block=8).rejected
+    assert "bias between tokens" in reject.reason
+    result = run("combine-regions", Program.parse(WITHOUT_BIAS, seed=3), block=8)
+    assert len(result.fired) == 2
+    sizes = {"batch": 2, "length": 40}
+    parts = [node.flops for node in cost(result.program, sizes).by_node if "attention" in node.operator]
+    assert parts == [2 * 2 * 40 * (8 + 5 + 1) * 64] * 2
+    check_artifact(result.program)
+
+
 def test_the_most_sensitive_layers_stay_full() -> None:
     # the second attention has no part in the answer
     text = TEXT.replace("%b: ", "%idle: ").replace("(%b, %s)", "(%c, %s)")
@@ -319,6 +333,7 @@ def test_a_window_is_as_wide_as_its_share(causal: bool) -> None:
         ("rank-queries", {"factor": 0.0}, "factor must be positive"),
         ("rank-queries", {"keep": 1.0}, "keep must lie between 0 and 1"),
         ("rank-queries", {"samples": 0}, "samples must be at least 1"),
+        ("combine-regions", {"block": 1}, "block must be at least 2"),
     ],
 )
 def test_options_that_make_no_sense(name: str, options: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ TESTED_APART = {
     "block_parameter",
     "block_sparse_attention",
     "changed_tokens",
+    "combiner_attention",
     "delta_rule",
     "entmax_attention",
     "fake_quantize",

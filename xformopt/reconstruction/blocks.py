@@ -29,6 +29,7 @@ _MIXERS = frozenset(
     {
         "xf::attention",
         "xf::block_sparse_attention",
+        "xf::combiner_attention",
         "xf::delta_rule",
         "xf::flow_attention",
         "xf::gated_linear_attention",

@@ -15,7 +15,13 @@ from xformopt.rewrite import Editor
 __all__ = ["bias_refusal", "find_attentions", "longest_of", "masked_attention", "refusal", "repeat_heads"]
 
 aten = torch.ops.aten
-_IN_PART = (xf.block_sparse_attention, xf.local_attention, xf.mra_attention, xf.prob_sparse_attention)
+_IN_PART = (
+    xf.block_sparse_attention,
+    xf.combiner_attention,
+    xf.local_attention,
+    xf.mra_attention,
+    xf.prob_sparse_attention,
+)
 
 
 def find_attentions(program: Program) -> list[str]:
