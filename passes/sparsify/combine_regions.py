@@ -4,7 +4,7 @@
     p(j | i) = p~_i(j) in the own block,   p~_i(R) softmax_j(scale q_R k_j) for j in R
 
 ``q_R`` and ``k_R`` are the largest entries of the block's queries and keys: the pattern that the paper calls fixed,
-with its pooling.  Every query has some weight on every key, and the cost of T tokens is that of ``T (b + T / b)`` pairs.
+with its pooling.  Every query has some weight on every key; T tokens cost what ``T (b + T / b)`` pairs do.
 
 **Approximate**.  Combiner is trained so; in a model trained with full attention this is the control, and a start for
 ``recover-accuracy``.  A bias between tokens has no meaning for a block as a whole: such attention is left alone.

@@ -202,7 +202,7 @@ CASES = [
         lambda: (randn(2, 9, 6), randn(2, 9, 6), randn(2, 9, 6), torch.rand(2, dtype=DOUBLE) + 1, padding(9)),
         channels,
         4 * 2 * 9 * 6 * 3 + 6 * 2 * 9 * 6,
-        {"heads": HEADS},
+        {"heads": HEADS, "top": 2},
     ),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{number}" for number, case in enumerate(CASES)])

@@ -116,6 +116,7 @@ param %w: f32[2,3,8]
 param %t: f32[2]
 %o0: f32[batch,length,6] = xf.xca(%q, %k, %k, %t) {heads=2}
 %o1: f32[batch,length,6] = xf.xca(%q, %k, %k, %t, %mask) {heads=2}
+%o2: f32[batch,length,6] = xf.xca(%q, %k, %k, %t, %mask) {heads=2, top=2}
 """,
 }
 

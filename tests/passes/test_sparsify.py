@@ -274,6 +274,35 @@ def test_blocks_stand_for_their_keys(encoder: Program) -> None:
     check_artifact(result.program)
 
 
+def test_channels_are_mixed_by_their_largest_products() -> None:
+    text = """
+program "channels" lifted
+dim batch in [1, inf]
+input %x: f32[batch,9,24]
+param %t: f32[2]
+%y: f32[batch,9,24] = xf.xca(%x, %x, %x, %t) {heads=2}
+return y=%y
+"""
+    program = Program.parse(text, parameters={"t": torch.tensor([2.0, 3.0])})
+    result = build_pass("select-channels", {}).run(program, Context())
+    assert result.notes == ("no work is saved: all products of channels are computed",)
+    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(2))
+    found = result.program.run({"x": x})["y"]
+    heads = torch.nn.functional.normalize(x, dim=1).unflatten(2, (2, 12)).permute(0, 2, 3, 1)  # [B, H, D, T]
+    logits = heads @ heads.transpose(-1, -2) * program.parameters["t"][:, None, None]
+    parts = []
+    for count in (6, 8, 9, 9):
+        chosen = torch.full_like(logits, float("-inf"))
+        best = logits.topk(count)
+        chosen.scatter_(-1, best.indices, best.values)
+        parts.append(chosen.softmax(-1) @ x.unflatten(2, (2, 12)).permute(0, 2, 3, 1))
+    expected = torch.stack(parts).mean(0).permute(0, 3, 1, 2).flatten(2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    artifact = lower(result.program, measure=False)
+    torch.testing.assert_close(torch.from_numpy(artifact.run(x=x.numpy())["y"]), found, rtol=1e-4, atol=1e-5)
+    assert not build_pass("select-channels", {}).run(result.program, Context()).changed
+
+
 def test_the_most_sensitive_layers_stay_full() -> None:
     # the second attention has no part in the answer
     text = TEXT.replace("%b: ", "%idle: ").replace("(%b, %s)", "(%c, %s)")

@@ -73,7 +73,7 @@ def local(
 
 
 def channels(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: torch.Tensor, mask: Any = None, *, heads: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: torch.Tensor, mask: Any = None, *, heads: int, top: int = 0
 ) -> Any:
     width = q.shape[2] // heads
     out = torch.zeros_like(v)
@@ -87,7 +87,10 @@ def channels(
                 theirs = k[b, tokens, e]
                 size = math.sqrt(float(mine @ mine)) * math.sqrt(float(theirs @ theirs))
                 logits.append(float(t[c // width]) * (float(mine @ theirs) / size if tokens else 0.0))
-            out[b, tokens, c] = sum(w * v[b, tokens, e] for w, e in zip(softmax(logits), head, strict=True))
+            least = sorted(logits)[-top]
+            chosen = [(x, e) for x, e in zip(logits, head, strict=True) if x >= least or not top]
+            weights = softmax([x for x, _ in chosen])
+            out[b, tokens, c] = sum(w * v[b, tokens, e] for w, (_, e) in zip(weights, chosen, strict=True))
     return out
 
 
