@@ -53,6 +53,7 @@ SEQUENCES = {
 IMAGES = {
     "flow": ("linearize-flow{force=true%s}", ALL),
     "eco": ("linearize-eco{force=true%s}", ALL),
+    "eco, codes learned anew": ("linearize-eco{force=true%s}", ALL),
     "learned maps": ("linearize-learned-maps{force=true,max_error=1%s}", ALL),
 }
 MODELS: dict[str, tuple[dict[str, tuple[str, str]], str]] = {
@@ -63,6 +64,8 @@ MODELS: dict[str, tuple[dict[str, tuple[str, str]], str]] = {
     "digits-vit": (IMAGES, ""),
 }
 FIT_MINUTES = 2.0
+# what comes between the first and the second half of recovery
+BETWEEN = {"eco, codes learned anew": "rehash-attention"}
 
 
 @dataclass
@@ -102,7 +105,7 @@ def measure(subject: Subject, methods: dict[str, tuple[str, str]], options: str)
     for method, (text, train) in methods.items():
         linearize = text % (options + ("" if "liger" in text else f",minutes={min(FIT_MINUTES, subject.minutes)}"))
         try:
-            rows[method] = one(subject, linearize, train, original, trivial)
+            rows[method] = one(subject, linearize, train, original, trivial, BETWEEN.get(method))
         except XformoptError as error:
             rows[method] = {"pass": linearize, "refused": str(error)}
         print(subject.label, method, rows[method], flush=True)
@@ -118,21 +121,26 @@ def measure(subject: Subject, methods: dict[str, tuple[str, str]], options: str)
     }
 
 
-def one(subject: Subject, linearize: str, train: str, original: Score, trivial: float) -> dict[str, Any]:
+def one(
+    subject: Subject, linearize: str, train: str, original: Score, trivial: float, between: str | None
+) -> dict[str, Any]:
     """Linearize and recover; return the metrics on the way."""
     started = time.perf_counter()
     before = subject.run(linearize)
     fitted = time.perf_counter() - started
     record = before.history[-1]
-    recover = f"recover-accuracy{{minutes={subject.minutes},train={train}}}"
+    recover = [f"recover-accuracy{{minutes={subject.minutes},train={train}}}"]
+    if between is not None:
+        half = f"recover-accuracy{{minutes={subject.minutes / 2},train={train}}}"
+        recover = [half, between, half]
     started = time.perf_counter()
-    after = subject.run(linearize, recover)
+    after = subject.run(linearize, *recover)
     recovered = time.perf_counter() - started - fitted
     scores = [subject.score(result.program) for result in (before, after)]
     margins = [(score.value - trivial) / (original.value - trivial) for score in scores]
     return {
         "pass": linearize,
-        "recovery": recover,
+        "recovery": ", ".join(recover),
         "layers": record.fired,
         "refusals": [{"reason": reason, "count": count} for reason, count in record.rejected],
         "before": scores[0].value,

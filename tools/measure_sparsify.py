@@ -7,7 +7,10 @@ metric on ort-cpu before and after, the FLOPs that are left, and the time beside
 rounds interleaved, two threads, batch 1) at the task's longest input.  ``listops-t5 long`` and ``gpt long`` are timed
 alone, at 2,048 and 4,096 tokens: the first with trained weights, the second with random ones.  Techniques work on the
 lifted program; the exact recipe follows them, as it makes the artifact that they are compared with.  A technique that
-refuses says why.  A model that is in the file already is passed over, unless it is named.
+refuses says why.  ``dit`` is a denoiser with random weights, run by torch: how far the latent is from that of exact
+steps after a number of them, by the mask alone, with residuals carried, and with all of Re-ttention's statistics; it
+tells what carrying is worth, and nothing of images.  A model that is in the file already is passed over, unless it is
+named.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from xformopt.benchmark import Candidate
 from xformopt.errors import XformoptError
 from xformopt.evaluation import artifact_subject, calibration_of, judge
 from xformopt.lowering.artifact import Artifact
+from xformopt.models.dit import Dit, DitConfig
 from xformopt.models.gpt import Gpt, GptConfig
 from xformopt.models.tasks.task import Score, Task
 from xformopt.models.zoo import find_trained
@@ -44,10 +49,14 @@ from xformopt.tasks import task_for
 RESULTS = ResultsFile(FOLDER / "sparsify.json", "xformopt/sparsify/1")
 SHARES = (0.25, 0.12, 0.06)
 TECHNIQUES = {
-    "dam": "mask-attention{{keep={keep},block={block}}}",
+    "dam": "mask-attention{{keep={keep},block={block},score=amplified}}",
+    "dam, by mass": "mask-attention{{keep={keep},block={block},score=mass}}",
+    "dam, by answer": "mask-attention{{keep={keep},block={block},score=answer}}",
     "mra-2": "refine-attention{{keep={keep},block={block}}}",
     "mra-2-s": "refine-attention{{keep={keep},block={block},coarse=false}}",
     "masformer, untrained": "localize-attention{{keep={keep}}}",
+    "probsparse, untrained": "rank-queries{{keep={keep}}}",
+    "combiner, untrained": "combine-regions{{block={block}}}",
 }
 BLOCKS = (64, 32, 16, 8, 4, 2)
 FEW = 128
@@ -107,6 +116,73 @@ MODELS = {
     "listops-t5 long": long_listops,
     "gpt long": long_gpt,
 }
+
+
+DENOISER = "dit"
+STEPS, FULL_AT_FIRST, FULL_EVERY = 20, 5, 5
+# what carry-statistics is told, beside the share; None: statistics are thrown away
+CARRIED = {"re-ttention": "", "residual only": ",reshape=false", "mask alone": None}
+
+
+def measure_denoiser() -> dict[str, Any]:
+    """Measure Re-ttention and its controls on a denoiser whose weights are random."""
+    torch.manual_seed(0)
+    module = Dit(DitConfig()).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    example = module.example_inputs()
+    program = Pipeline([]).run(xo.capture(module, example, {name: {0: "batch"} for name in example})).program
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def exactly(number: int, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(given)
+        return program.run(given)["noise"]
+
+    start = example["latent"]
+    exact = denoise(start, exactly)
+    sizes, rows = {**example_sizes(program), "batch": 1}, {}
+    for label, options in CARRIED.items():
+        for keep in SHARES:
+            text = f"carry-statistics{{step=%s,keep={keep},block={BLOCKS[-1]}{options or ''}}}"
+            # as many data as steps, so that masks are those of all steps
+            full, sparse = (
+                Pipeline([parse_pass(text % step)]).run(program, calibration=seen).program
+                for step in ("full", "sparse")
+            )
+            found = denoise(start, partial(carrying, full, sparse, {}, options is not None))
+            rows[f"{label} {keep:.0%}"] = {
+                "pass": text % "sparse",
+                "distance": float((found - exact).norm() / (exact - start).norm()),
+                "flops_left": cost(sparse, sizes).flops / cost(program, sizes).flops,
+            }
+            print(DENOISER, label, keep, rows[f"{label} {keep:.0%}"], flush=True)
+    return {"techniques": rows, "steps": STEPS, "full_at_first": FULL_AT_FIRST, "full_every": FULL_EVERY}
+
+
+def denoise(latent: torch.Tensor, run: Callable[[int, dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+    """Take a fixed share of the noise away at each step; ``run(number, inputs)`` tells the noise."""
+    channels = latent.shape[1]
+    for number in range(STEPS):
+        step = torch.full((len(latent),), 1000.0 * (1 - number / STEPS))
+        given = {"latent": latent, "timestep": step, "label": torch.tensor([1, 7])}
+        latent = latent - run(number, given)[:, :channels] / STEPS
+    return latent
+
+
+def carrying(
+    full: Program,
+    sparse: Program,
+    state: dict[str, torch.Tensor],
+    keeps: bool,
+    number: int,
+    given: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """Run one step by the program that is due, and keep what it leaves in ``state``, or forget it."""
+    due = full if number < FULL_AT_FIRST or number % FULL_EVERY == 0 else sparse
+    outputs = due.run({**given, **state} if due is sparse else given)
+    if keeps:
+        state |= {f"past_{name[8:]}": value for name, value in outputs.items() if name.startswith("present_")}
+    return outputs["noise"]
 
 
 def capture(subject: Subject) -> Program:
@@ -200,13 +276,14 @@ def passes_for(subject: Subject) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """Measure the models named on the command line, or all that have not been measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=[], metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("models", nargs="*", default=[], metavar="MODEL", help=f"of {', '.join([*MODELS, DENOISER])}")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    if unknown := [name for name in options.models if name not in MODELS]:
-        sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(MODELS)}.")
-    for name in options.models or [name for name in MODELS if name not in RESULTS.entries()]:
-        RESULTS.put(name, measure(name, options.rounds))
+    known = [*MODELS, DENOISER]
+    if unknown := [name for name in options.models if name not in known]:
+        sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(known)}.")
+    for name in options.models or [name for name in known if name not in RESULTS.entries()]:
+        RESULTS.put(name, measure_denoiser() if name == DENOISER else measure(name, options.rounds))
 
 
 if __name__ == "__main__":

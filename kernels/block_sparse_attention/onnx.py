@@ -206,9 +206,9 @@ class _Writer:
         head = self._first(group, group.heads)
         column = self._first(group, np.maximum(group.table, 0), by_column=True)  # [R, K]
         place, query = column, row
-        if self.rows.value is not None or len(group.rows) < self.blocks.kept[..., 0].size:
-            if not self.blocks.is_shared:
-                query = b.op("Add", row, b.op("Mul", head, self.rows.as_tensor(b)))
+        if not self.blocks.is_shared:
+            query = b.op("Add", row, b.op("Mul", head, self.rows.as_tensor(b)))
+        if self.rows.value is not None or not self._holds_all_in_order(group):
             queries = b.op("Gather", queries, query, axis=2)
         if self.columns.value is not None:
             place = b.op("Min", column, b.op("Sub", self.columns.as_tensor(b), last))
@@ -259,6 +259,10 @@ class _Writer:
     def _missing(self, name: str, count: _Count) -> ir.Value:
         whole = self.b.op("Mul", count.as_tensor(self.b), self.b.constant([self.blocks.size], np.int64))
         return self.b.op("Sub", whole, self.b.size(self.node[name], 1))
+
+    def _holds_all_in_order(self, group: _Group) -> bool:
+        masks, rows = self.blocks.kept.shape[:2]
+        return np.array_equal(group.heads * rows + group.rows, np.arange(masks * rows))
 
     def _rows_of(self, group: _Group) -> np.ndarray:
         """Return how many rows of a group are computed, by how many there are; one at least: nothing is empty."""

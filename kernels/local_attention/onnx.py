@@ -12,7 +12,7 @@ import numpy as np
 
 from xformopt.kernels.local_attention.operator import queries_together
 from xformopt.kernels.onnx_form import Builder, Form, Verdict, XfNode
-from xformopt.kernels.onnx_softmax import Weighted, distances, hide, mean_of, weighted
+from xformopt.kernels.onnx_softmax import Weighted, bounded, distances, hide, mean_of, weighted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,6 +60,8 @@ def attention(b: Builder, node: XfNode) -> ir.Value:
 def _is_plain(node: XfNode) -> Verdict:
     if node["dilation"] > 1 or node["stripe"]:
         return "attention knows neither dilation nor stripes"
+    if node["bias"] is not None:
+        return "with a bias, attention has a form for all pairs alone"
     return None if node["key_mask"] is None else "a query without any key must get zeros"
 
 
@@ -84,10 +86,30 @@ def _window(b: Builder, node: XfNode) -> tuple[ir.Value, ir.Value, ir.Value]:
     heads, depth = node["heads"], node.size("q", -1) // node["heads"]
     queries = b.reshape(q, 0, heads, -1, C, depth)
     logits = b.op("MatMul", queries, b.op("Transpose", keys, perm=[0, 1, 2, 4, 3]))  # [R, H, N, C, K]
+    if node["bias"] is not None:
+        logits = b.op("Add", logits, _bias_of_windows(b, node, index, C))
     back = np.arange(C)[:, None] + left - np.arange(K)
     near = b.constant((back <= left) & (back >= -right))
     visible = b.op("And", b.op("Unsqueeze", b.op("Cast", present, to=_BOOL), b.constant([3], np.int64)), near)
     return logits, visible, values
+
+
+def _bias_of_windows(b: Builder, node: XfNode, index: ir.Value, C: int) -> ir.Value:
+    """Return the bias of each group of C queries for the keys ``index [N, K]`` around them, ``[., ., N, C, K]``."""
+    left, right, q = node["window_left"], node["window_right"], node["q"]
+    one = b.constant([1], np.int64)
+    missing = b.op("Mod", b.op("Neg", b.size(q, 1)), b.constant([C], np.int64))
+    after = b.op("Add", missing, b.constant([right], np.int64))
+    pads = b.op("Concat", b.constant([0, 0, 0, left, 0, 0], np.int64), missing, after, axis=0)
+    wide = b.op("Pad", bounded(b, node["bias"], q), pads)  # [., ., n, left + n + right]
+    groups, width = b.op("Shape", index, start=0, end=1), b.op("Shape", wide, start=3, end=4)
+    zero = b.constant(0, np.int64)
+    every = b.op(
+        "Range", zero, b.op("Squeeze", b.op("Mul", groups, b.constant([C], np.int64))), b.constant(1, np.int64)
+    )
+    rows = b.reshape(b.op("Mul", every, width), -1, C, 1)  # where each query's row begins
+    places = b.op("Add", rows, b.op("Unsqueeze", index, one))  # [N, C, K]
+    return b.op("Gather", b.reshape(wide, 0, 0, -1), places, axis=2)
 
 
 def _stripes(b: Builder, node: XfNode) -> Weighted:

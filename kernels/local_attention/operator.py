@@ -25,6 +25,7 @@ def _infer(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     *,
     heads: int,
     window_left: int,
@@ -39,6 +40,11 @@ def _infer(
     torch._check(window_left >= 0 and window_right >= 0, lambda: "a window has a bound on each side, not below 0")
     torch._check(not causal or window_right == 0, lambda: "a causal window has no keys on its right")
     torch._check(dilation >= 1 and stripe >= 0, lambda: "dilation is at least 1, and stripe at least 0")
+    if bias is not None:
+        torch._check(bias.dim() == 4, lambda: "the bias must have four axes: batch, heads, queries, keys")
+        torch._check(bias.shape[2] == q.shape[1], lambda: "the bias and q disagree on the queries")
+        torch._check(bias.shape[3] == k.shape[1], lambda: "the bias and k disagree on the keys")
+        torch._check(dilation == 1 and not stripe, lambda: "a window with a bias has neither dilation nor stripes")
     return v.new_empty(v.shape)
 
 
@@ -66,8 +72,8 @@ def _flops(
 OPERATOR = Operator(
     name="local_attention",
     schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, *, int heads, float scale, int window_left, "
-        "int window_right=0, int dilation=1, int stripe=0, bool causal=False) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? bias=None, *, int heads, float scale, "
+        "int window_left, int window_right=0, int dilation=1, int stripe=0, bool causal=False) -> Tensor"
     ),
     reference=local_attention,
     infer=_infer,

@@ -15,6 +15,7 @@ def local_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     *,
     heads: int,
     scale: float,
@@ -24,7 +25,7 @@ def local_attention(
     stripe: int = 0,
     causal: bool = False,
 ) -> torch.Tensor:
-    """``softmax(scale q k^T) v`` per head over the keys near a query, and over those in its stripe.
+    """``softmax(scale q k^T + bias) v`` per head over the keys near a query, and over those in its stripe.
 
     Windows and dilation are those of Longformer (Beltagy et al., arXiv 2004.05150); stripes are the strided pattern of
     Sparse Transformers (Child et al., arXiv 1904.10509).  A token stripe of an image (all rows of one column, CSWin,
@@ -35,6 +36,8 @@ def local_attention(
         k: Keys, ``[B, T, heads * D]``.
         v: Values, ``[B, T, heads * E]``.
         key_mask: Which keys exist, ``[B, T]`` bool (True: attend).
+        bias: Added to the scaled logits, ``[1 or B, 1 or heads, T, T]``; a window with it has neither dilation nor
+            stripes.
         heads: Number of heads.
         scale: Factor of the logits.
         window_left: How many keys before its own position a query sees.
@@ -51,7 +54,10 @@ def local_attention(
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     q, k, v = (split_heads(x, heads) for x in (q * scale, k, v))
-    return join_heads(masked_softmax(q @ k.transpose(-1, -2), visible) @ v)
+    logits = q @ k.transpose(-1, -2)
+    if bias is not None:
+        logits = logits + bias
+    return join_heads(masked_softmax(logits, visible) @ v)
 
 
 def local_keys(

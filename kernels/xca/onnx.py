@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
+from xformopt.kernels.onnx_softmax import hide
+from xformopt.kernels.xca.reference import EQUAL
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["FORMS"]
+
+_END = 1 << 40
 
 
 def products(b: Builder, node: XfNode) -> ir.Value:
@@ -28,7 +32,13 @@ def products(b: Builder, node: XfNode) -> ir.Value:
     keys = b.op("Transpose", k, perm=[0, 1, 3, 2])
     lengths = b.op("Mul", _lengths(b, node, q), b.op("Transpose", _lengths(b, node, k), perm=[0, 1, 3, 2]))
     scaled = b.op("Mul", b.op("MatMul", q, keys), b.reshape(node["temperature"], heads, 1, 1))
-    mixed = b.op("MatMul", b.op("Softmax", b.op("Div", scaled, lengths), axis=-1), v)
+    logits = b.op("Div", scaled, lengths)
+    if node["top"]:
+        best = b.ops("TopK", logits, b.constant([node["top"]], np.int64), outputs=2, axis=-1)[0]
+        last = b.constant([-1], np.int64)
+        least = b.op("Sub", b.op("Slice", best, last, b.constant([_END], np.int64), last), b.scalar(EQUAL, node["q"]))
+        logits = hide(b, logits, b.op("GreaterOrEqual", logits, least), node["q"])
+    mixed = b.op("MatMul", b.op("Softmax", logits, axis=-1), v)
     return b.reshape(b.op("Transpose", mixed, perm=[0, 3, 1, 2]), 0, 0, width)
 
 

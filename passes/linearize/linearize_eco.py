@@ -12,8 +12,8 @@ Three steps, each layer by itself on calibration data:
 3. The projection of the values is trained again, behind the codes.
 
 The codes stay as they are in later training, as the sign has no gradient; the paper learns them anew while it
-fine-tunes.  They are float numbers of -1 and 1 here, so that what is saved is the square of the length, not
-multiplications.
+fine-tunes, which is a pass of its own here, ``rehash-attention``, that recovery takes turns with.  They are float
+numbers of -1 and 1 here, so that what is saved is the square of the length, not multiplications.
 
 Liu et al., EcoFormer, NeurIPS 2022, arXiv 2209.09004.
 """

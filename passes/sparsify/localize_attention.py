@@ -1,6 +1,6 @@
 """Leave full attention to a few layers, and give all others a window (MASFormer).
 
-    softmax(scale q k^T) v    ->    the same over the keys with |i - j| <= w, in all layers but the most sensitive
+    softmax(scale q k^T + bias) v    ->    the same over keys with |i - j| <= w, in all layers but the most sensitive
 
 MASFormer trains, or goes on training, with full attention in a few fixed layers.  Which layers those are is measured
 here, and nothing is trained: each layer alone gets the window, and those whose window moves the answer of the program
@@ -26,7 +26,7 @@ from torch import fx
 from xformopt.errors import DataError, PassError
 from xformopt.match import arguments, xf
 from xformopt.passes.answers import answer_of
-from xformopt.passes.sparsify.support.candidates import find_attentions, refusal, repeat_heads
+from xformopt.passes.sparsify.support.candidates import bias_refusal, find_attentions, refusal, repeat_heads
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program, interpret, path_of
 from xformopt.rewrite import Editor, Reject, Rewritten, Rule, rewrite
@@ -111,10 +111,7 @@ def widest_window(length: int, share: float, *, causal: bool) -> int | None:
 
 
 def _refusal(program: Program, node: fx.Node) -> str | None:
-    reason = refusal(program, node)
-    if reason is None and arguments(node)["bias"] is not None:
-        return "attention with a window takes no bias"
-    return reason
+    return refusal(program, node) or bias_refusal(program, node)
 
 
 def _localizing(every: Collection[str], chosen: Collection[str], window: int) -> Rule:
@@ -133,6 +130,7 @@ def _localizing(every: Collection[str], chosen: Collection[str], window: int) ->
             repeat_heads(editor, given["k"], given["kv_heads"], given["heads"]),
             repeat_heads(editor, given["v"], given["kv_heads"], given["heads"]),
             given["key_mask"],
+            given["bias"],
             heads=given["heads"],
             scale=given["scale"],
             window_left=window,

@@ -9,6 +9,15 @@
 masks single pairs; here A is summed over blocks, and what a mask hides is skipped.  Blocks on the diagonal always stay.
 A mask is a constant as large as the longest input, so a length needs an upper bound.
 
+Where a share is asked for, and not a threshold, the paper's B is a poor measure: brought to [0, 1] in each head, the
+flat map of a head that looks everywhere is as strong as the few peaks of another, and takes its share.  So B is one of
+three scores that blocks may be ranked by:
+
+- ``amplified``: B, the paper's.
+- ``mass``: A itself, without the last two steps, so that the least attention is lost over all heads together.
+- ``answer``: ours, the default: how far the program's answer moves without the block, to first order.  It knows which
+  queries the answer comes from; see ``support/answer_losses.py``.  It takes gradients, but trains nothing.
+
 **Approximate**, without training.  What a fixed mask cannot know is what depends on the input: a model that looks up
 one token among many loses it.
 
@@ -20,23 +29,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx
 
 from xformopt.match import arguments, xf
+from xformopt.passes.sparsify.support.answer_losses import collect_losses
 from xformopt.passes.sparsify.support.attention_maps import BlockMap, collect_maps
 from xformopt.passes.sparsify.support.candidates import (
     bias_refusal,
     find_attentions,
     longest_of,
+    masked_attention,
     refusal,
-    repeat_heads,
 )
-from xformopt.passes.sparsify.support.static_masks import extend_mask, select_blocks
+from xformopt.passes.sparsify.support.static_masks import amplified, extend_mask, select_blocks
 from xformopt.pipeline import Context, Effect, PassResult, RewritePass
-from xformopt.program import Program, path_of
+from xformopt.program import Program
 from xformopt.rewrite import Editor, Reject, Rule
 
 __all__ = ["MaskAttention"]
@@ -50,8 +60,9 @@ class MaskAttention(RewritePass):
         keep: Share of the visible pairs of queries and keys that stay, up to the capture length.
         block: Tokens of a block.
         capture: How many tokens of a calibration sequence are looked at; None: all.
-        power: Exponent of the Box-Cox transformation; 1: none, 0: logarithm.
+        power: Exponent of the Box-Cox transformation of amplified maps; 1: none, 0: logarithm.
         match: Share of a diagonal or column that a mask must keep, for it to go on behind the capture length.
+        score: What blocks are ranked by: the paper's amplified maps, the attention they hold, or what the answer loses.
 
     """
 
@@ -60,6 +71,7 @@ class MaskAttention(RewritePass):
     capture: int | None = None
     power: float = 0.5
     match: float = 0.5
+    score: Literal["amplified", "mass", "answer"] = "answer"
 
     effect: ClassVar[Effect] = "approximate"
     sources: ClassVar[tuple[str, ...]] = ("Zhang et al., DAM: Dynamic Attention Mask, arXiv 2506.11104",)
@@ -89,20 +101,39 @@ class MaskAttention(RewritePass):
         masks: dict[str, torch.Tensor] = {}
         if able := [name for name, reason in refused.items() if reason is None]:
             maps = collect_maps(program, context.calibration, able, block=self.block, capture=self.capture)
-            masks = self._masks(program, maps)
+            masks = self._masks(program, maps, self._scores(program, maps, context))
 
         def mask_attention(editor: Editor, node: fx.Node) -> fx.Node | Reject | None:
             if node.name not in every:
                 return None
             reason = refused[node.name]
-            return Reject(reason) if reason is not None else _masked(editor, node, masks[node.name], self.block)
+            return (
+                Reject(reason) if reason is not None else masked_attention(editor, node, masks[node.name], self.block)
+            )
 
         return (mask_attention,)
 
-    def _masks(self, program: Program, maps: dict[str, BlockMap]) -> dict[str, torch.Tensor]:
+    def _scores(self, program: Program, maps: dict[str, BlockMap], context: Context) -> dict[str, torch.Tensor]:
+        if self.score == "amplified":
+            return {name: amplified(found, self.power) for name, found in maps.items()}
+        if self.score == "mass":
+            return {name: found.mass for name, found in maps.items()}
+        return collect_losses(
+            program,
+            context.calibration,
+            maps,
+            block=self.block,
+            capture=self.capture,
+            seed=context.seed,
+            progress=context.progress,
+        )
+
+    def _masks(
+        self, program: Program, maps: dict[str, BlockMap], scores: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         named = {node.name: node for node in program.nodes()}
         masks = {}
-        for name, mask in select_blocks(maps, self.keep, self.power).items():
+        for name, mask in select_blocks(maps, scores, self.keep).items():
             longest = longest_of(program, named[name])
             assert longest is not None
             masks[name] = extend_mask(mask, -(-longest // self.block), self.match, causal=maps[name].causal)
@@ -114,24 +145,6 @@ def _refusal(program: Program, node: fx.Node) -> str | None:
     if reason is None and longest_of(program, node) is None:
         return "nothing bounds its length, and a fixed mask ends somewhere: capture the model with a longest input"
     return reason
-
-
-def _masked(editor: Editor, node: fx.Node, mask: torch.Tensor, block: int) -> fx.Node:
-    given = arguments(node)
-    kept = editor.parameter(f"{path_of(node) or node.name}.block_mask", mask)
-    return editor.call(
-        xf.block_sparse_attention,
-        given["q"],
-        repeat_heads(editor, given["k"], given["kv_heads"], given["heads"]),
-        repeat_heads(editor, given["v"], given["kv_heads"], given["heads"]),
-        kept,
-        given["key_mask"],
-        given["bias"],
-        heads=given["heads"],
-        scale=given["scale"],
-        block=block,
-        causal=given["causal"],
-    )
 
 
 def _is_sparse(node: fx.Node) -> bool:

@@ -25,11 +25,12 @@ import torch
 from torch import fx
 
 from xformopt.match import arguments, is_call, xf
+from xformopt.passes.carried_state import CarriedState, empty_region, state_bytes
 from xformopt.passes.tokenwise import RefusalError, is_tokenwise, place_of
 from xformopt.pipeline import Context, Effect, Pass, PassResult
-from xformopt.program import Dim, Input, Output, Program, path_of, shape_of, value_of
+from xformopt.program import Dim, Input, Program, path_of, shape_of, value_of
 from xformopt.program.dims import Shape
-from xformopt.rewrite import Editor, Fired, Region, Rejected
+from xformopt.rewrite import Fired, Rejected
 
 __all__ = ["GateTokens"]
 
@@ -56,13 +57,13 @@ class GateTokens(Pass):
         except RefusalError as refusal:
             return PassResult(program, False, rejected=(self._rejected(refusal),))
         changed = program.copy(dims=program.dims.extended(Dim(_RECOMPUTED, 1, tokens)))
-        state = _State(changed)
+        state = CarriedState(changed)
         ranks = state.take(Input(_RANKS, torch.int64, (_RECOMPUTED,), tokens, "ascending"))
         for number, group in enumerate(groups):
             _gate(state, group.of(changed), ranks, number)
         state.finish()
-        fired = tuple(Fired(self.name, path_of(group.members[0]), *[_nothing()] * 2) for group in groups)
-        note = f"{len(groups)} gates; {_state_bytes(changed):,} bytes of state for each stream of frames"
+        fired = tuple(Fired(self.name, path_of(group.members[0]), *[empty_region()] * 2) for group in groups)
+        note = f"{len(groups)} gates; {state_bytes(changed):,} bytes of state for each stream of frames"
         return PassResult(changed.drop_unused(), True, fired, tuple(map(self._rejected, rejected)), (note,))
 
     def _rejected(self, refusal: RefusalError) -> Rejected:
@@ -83,41 +84,6 @@ class _Group:
         copies = {node.name: node for node in program.graph.nodes}
         members, results = ([copies[node.name] for node in nodes] for nodes in (self.members, self.results))
         return _Group(copies[self.root.name], tuple(members), tuple(results))
-
-
-class _State:
-    """The inputs and outputs that are added to a program."""
-
-    def __init__(self, program: Program) -> None:
-        self.program, self.editor = program, Editor(program)
-        self._returned: list[tuple[str, fx.Node]] = []
-
-    def take(self, spec: Input) -> fx.Node:
-        """Add an input behind the others."""
-        graph = self.program.graph
-        last = graph.find_nodes(op="placeholder")[-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(spec.name)
-        node.meta |= {"val": self.program.dims.fake(spec.shape, spec.dtype), "path": ""}
-        self.program.inputs = (*self.program.inputs, spec)
-        return node
-
-    def past(self, label: str, like: fx.Node) -> fx.Node:
-        """Add what the frame before has left, zeros before the first."""
-        shape = tuple(size if isinstance(size, int) else str(size) for size in shape_of(self.program, like))
-        return self.take(Input(f"past_{label}", value_of(like).dtype, shape, default="zeros"))
-
-    def present(self, label: str, value: fx.Node) -> None:
-        """Return a value to the frame behind."""
-        self._returned.append((f"present_{label}", value))
-
-    def finish(self) -> None:
-        """Add all outputs, and what the example inputs lack."""
-        output = self.program.output_node
-        output.args = ((*self.program.results, *(value for _, value in self._returned)),)
-        self.program.outputs = (*self.program.outputs, *(Output(name) for name, _ in self._returned))
-        if self.program.example_inputs:
-            self.program.example_inputs = dict(self.program.completed(self.program.example_inputs))
 
 
 def _stream_shape(program: Program) -> tuple[object, int]:
@@ -172,10 +138,10 @@ def _members(program: Program, root: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(found)
 
 
-def _gate(state: _State, group: _Group, ranks: fx.Node, number: int) -> None:
+def _gate(state: CarriedState, group: _Group, ranks: fx.Node, number: int) -> None:
     """Compute a group for the tokens that changed, and let its readers read the buffers."""
     editor, members = state.editor.at(group.members[0]), set(group.members)
-    past = state.past(f"reference_{number}", group.root)
+    past = _past(state, f"reference_{number}", group.root)
     changed = editor.call(xf.changed_tokens, group.root, past, ranks)
     rows = editor.call(xf.select_tokens, group.root, changed)
     state.present(f"reference_{number}", editor.call(xf.update_tokens, past, changed, rows))
@@ -192,32 +158,16 @@ def _gate(state: _State, group: _Group, ranks: fx.Node, number: int) -> None:
         if node not in group.results:
             continue
         label = f"buffer_{number}" if len(group.results) == 1 else f"buffer_{number}_{group.results.index(node)}"
-        buffer = editor.call(xf.update_tokens, state.past(label, node), changed, fresh[node])
+        buffer = editor.call(xf.update_tokens, _past(state, label, node), changed, fresh[node])
         state.present(label, buffer)
         node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user not in members)
     for node in reversed(group.members):
         state.program.graph.erase_node(node)
 
 
-def _state_bytes(program: Program) -> int:
-    """Count the bytes of one stream's state, every size but the batch being fixed."""
-    specs = [spec for spec in program.inputs if spec.default == "zeros"]
-    total = 0
-    for spec in specs:
-        elements = spec.dtype.itemsize
-        for size in spec.shape[1:]:
-            assert isinstance(size, int)
-            elements *= size
-        total += elements
-    return total
+def _past(state: CarriedState, label: str, like: fx.Node) -> fx.Node:
+    return state.past(label, shape_of(state.program, like), value_of(like).dtype)
 
 
 def _written(shape: Shape) -> str:
     return f"[{', '.join(map(str, shape))}]"
-
-
-def _nothing() -> Region:
-    """Return an empty region: values before and after are not to be compared one by one."""
-    graph = fx.Graph()
-    graph.output(())
-    return Region(graph, (), (), {})

@@ -85,6 +85,13 @@ CASES = [
         {**WINDOW, "window_left": 1, "window_right": 1, "dilation": 3, "stripe": 4},
     ),
     Case(
+        "local_attention",
+        lambda: (*qkv(9), padding(9), randn(1, HEADS, 9, 9)),
+        local,
+        PAIRS * 16 * 19,
+        {**WINDOW, "window_left": 3},
+    ),
+    Case(
         "block_sparse_attention",
         lambda: (*qkv(8, S=7), BLOCKS),
         block_sparse,
@@ -195,7 +202,7 @@ CASES = [
         lambda: (randn(2, 9, 6), randn(2, 9, 6), randn(2, 9, 6), torch.rand(2, dtype=DOUBLE) + 1, padding(9)),
         channels,
         4 * 2 * 9 * 6 * 3 + 6 * 2 * 9 * 6,
-        {"heads": HEADS},
+        {"heads": HEADS, "top": 2},
     ),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{number}" for number, case in enumerate(CASES)])
@@ -330,6 +337,12 @@ QKV = ((1, 5, 6), (1, 5, 6), (1, 5, 6))
             "no keys on its right",
         ),
         (lambda: xf.local_attention(*fake(*QKV), heads=2, scale=1.0, window_left=1, dilation=0), "at least 1"),
+        (
+            lambda: xf.local_attention(
+                *fake(*QKV), None, *fake((1, 2, 5, 5)), heads=2, scale=1.0, window_left=1, dilation=2
+            ),
+            "neither dilation nor stripes",
+        ),
         (
             lambda: xf.block_sparse_attention(*fake(*QKV), fake((1, 2, 2))[0].bool(), heads=2, scale=1.0, block=2),
             "more queries than the block mask covers",

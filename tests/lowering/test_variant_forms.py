@@ -37,6 +37,12 @@ BODIES = {
 %o2: {OUT} = xf.local_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, window_left=2, window_right=1, dilation=3}}
 %o3: {OUT} = xf.local_attention(%q, %k, %v) {{heads=2, scale=0.7, window_left=2, window_right=1, dilation=2, stripe=5}}
 %o4: {OUT} = xf.local_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, window_left=4, stripe=3, causal=true}}
+%qt: f32[batch,6,length] = aten.transpose.int(%q) {{dim0=1, dim1=2}}
+%b0: f32[batch,length,length] = aten.matmul.default(%q, %qt)
+%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0) {{dim=1}}
+%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1]) {{dim=1}}
+%o5: {OUT} = xf.local_attention(%q, %k, %v, %mask, %b1) {{heads=2, scale=0.7, window_left=3, window_right=20}}
+%o6: {OUT} = xf.local_attention(%q, %k, %v, none, %b2) {{heads=2, scale=0.7, window_left=9, causal=true}}
 """,
     "block_sparse_attention": f"""
 param %one: bool[1,20,20]
@@ -64,6 +70,22 @@ param %none: bool[1,20,20]
 %o1: {OUT} = xf.mra_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, block=16, keep=0.3, causal=true}}
 %o2: {OUT} = xf.mra_attention(%q, %k, %v, %mask, %b1) {{heads=2, scale=0.7, block=16, keep=0.5}}
 %o3: {OUT} = xf.mra_attention(%q, %k, %v, none, %b2) {{heads=2, scale=0.7, block=16, keep=0.5, coarse=false}}
+""",
+    "combiner_attention": f"""
+%o0: {OUT} = xf.combiner_attention(%q, %k, %v) {{heads=2, scale=0.7, block=16}}
+%o1: {OUT} = xf.combiner_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, block=16, causal=true}}
+%o2: {OUT} = xf.combiner_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, block=7}}
+""",
+    "prob_sparse_attention": f"""
+param %at: f32[9]
+%qt: f32[batch,6,length] = aten.transpose.int(%q) {{dim0=1, dim1=2}}
+%b0: f32[batch,length,length] = aten.matmul.default(%q, %qt)
+%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0) {{dim=1}}
+%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1]) {{dim=1}}
+%o0: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at) {{heads=2, scale=0.7, factor=2.0}}
+%o1: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at, %mask) {{heads=2, scale=0.7, factor=5.0, causal=true}}
+%o2: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at, %mask, %b1) {{heads=2, scale=0.7, factor=5.0}}
+%o3: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at, none, %b2) {{heads=2, scale=0.7, factor=3.0, causal=true}}
 """,
     "entmax_attention": f"""
 %o0: {OUT} = xf.entmax_attention(%q, %k, %v) {{heads=2, scale=0.7}}
@@ -94,6 +116,7 @@ param %w: f32[2,3,8]
 param %t: f32[2]
 %o0: f32[batch,length,6] = xf.xca(%q, %k, %k, %t) {heads=2}
 %o1: f32[batch,length,6] = xf.xca(%q, %k, %k, %t, %mask) {heads=2}
+%o2: f32[batch,length,6] = xf.xca(%q, %k, %k, %t, %mask) {heads=2, top=2}
 """,
 }
 
@@ -107,7 +130,8 @@ def block_masks() -> dict[str, torch.Tensor]:
 
 
 def program(name: str) -> Program:
-    parameters = block_masks() if name == "block_sparse_attention" else None
+    given = {"block_sparse_attention": block_masks(), "prob_sparse_attention": {"at": torch.arange(9) / 9}}
+    parameters = given.get(name)
     body = BODIES[name]
     outputs = [line.split(":")[0] for line in body.splitlines() if line.startswith("%o")]
     unused = "" if "%mask" in body else "input %mask: bool[batch,length]\n"
@@ -208,6 +232,33 @@ def test_block_sparse_attention_computes_only_blocks_that_are_kept() -> None:
     np.testing.assert_allclose(found, exported.program.run(given)["o"].numpy(), atol=1e-5)
     # what no block is kept for
     assert not found[:, 80:].any()
+
+
+EVEN = """
+program "even" lifted
+dim batch in [1, inf]
+input %q: f32[batch,32,6]
+input %k: f32[batch,32,6]
+input %v: f32[batch,32,10]
+input %bias: f32[1,2,32,32]
+param %mask: bool[2,SIZE,SIZE]
+%o: f32[batch,32,10] = xf.block_sparse_attention(%q, %k, %v, %mask) {heads=2, scale=0.7, block=BLOCK}
+%b: f32[batch,32,10] = xf.block_sparse_attention(%q, %k, %v, %mask, none, %bias) {heads=2, scale=0.7, block=BLOCK}
+return o=%o, b=%b
+"""
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_heads_whose_rows_all_keep_as_many_blocks_stay_apart(blocks: int) -> None:
+    # one product holds the rows of both heads, by rows first
+    mask = torch.stack([torch.eye(blocks), torch.eye(blocks).flip(0)]).bool()
+    text = EVEN.replace("SIZE", str(blocks)).replace("BLOCK", str(32 // blocks))
+    exported = export_onnx(Program.parse(text, parameters={"mask": mask}))
+    given = {"q": torch.randn(2, 32, 6), "k": torch.randn(2, 32, 6), "v": torch.randn(2, 32, 10)}
+    given["bias"] = torch.randn(1, 2, 32, 32)
+    expected = exported.program.run(given)
+    for name, found in zip(("o", "b"), run(exported, given), strict=True):
+        np.testing.assert_allclose(found, expected[name].numpy(), atol=1e-5)
 
 
 def test_a_block_mask_known_at_run_time_only_is_refused() -> None:

@@ -97,8 +97,42 @@ def test_codes_weigh_the_values() -> None:
     assert relative(torch.from_numpy(artifact.run(x=batch["x"].numpy())["y"]), have) < 1e-4
 
 
+def test_codes_are_learned_anew_on_what_the_program_computes_by_now() -> None:
+    batch = {"x": torch.randn(8, T, C, generator=torch.Generator().manual_seed(4))}
+    context = Context(calibration=[batch])
+    chosen = build_pass("linearize-eco", {"force": True, "iterations": 10, "bits": 4, "max_error": 99.0})
+    hashed = chosen.run(projected(), context).program
+    # as if training had moved the shared projection
+    name = next(name for name in hashed.parameters if "shared.weight" in name)
+    moved = hashed.copy()
+    moved.parameters[name] = hashed.parameters[name].roll(1, 0) + 0.3
+    again = build_pass("rehash-attention", {})
+    result = again.run(moved, context)
+    assert len(result.fired) == 1
+    tables = [result.program.parameters[str(node.target)] for node in result.program.graph.find_nodes(op="get_attr")]
+    rows = functional.linear(batch["x"], moved.parameters[name]).flatten(0, 1)
+    rows = rows[torch.linspace(0, len(rows) - 1, 256).round().long()]
+    vectors = functional.normalize(rows.unflatten(-1, (HEADS, -1)), dim=-1).transpose(0, 1)
+    wanted = fit_hashing(vectors, bits=4, anchors=25, neighbours=10, seed=0)
+    for table in (wanted.anchors, wanted.offset, wanted.mixing, wanted.thresholds):
+        assert any(table.shape == found.shape and bool(torch.isclose(table, found).all()) for found in tables)
+    # the same data give the same codes
+    settled = again.run(result.program, context)
+    assert not settled.changed
+    assert "those of this data already" in settled.rejected[0].reason
+    found = result.program.run(batch)["y"]
+    artifact = xo.lower(result.program, "ort-cpu", measure=False)
+    assert relative(torch.from_numpy(artifact.run(x=batch["x"].numpy())["y"]), found) < 1e-4
+
+
 @pytest.mark.parametrize(
-    "text", ["linearize-eco{bits=0}", "linearize-eco{anchors=0}", "linearize-toeplitz{features=0}"]
+    "text",
+    [
+        "rehash-attention{neighbours=0}",
+        "linearize-eco{bits=0}",
+        "linearize-eco{anchors=0}",
+        "linearize-toeplitz{features=0}",
+    ],
 )
 def test_counts_are_positive(text: str) -> None:
     with pytest.raises(UsageError):

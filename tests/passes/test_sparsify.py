@@ -12,8 +12,9 @@ from xformopt.errors import DataError, PassError, UsageError
 from xformopt.lowering import lower
 from xformopt.passes import build_pass
 from xformopt.passes.sparsify.localize_attention import widest_window
+from xformopt.passes.sparsify.support.answer_losses import collect_losses
 from xformopt.passes.sparsify.support.attention_maps import BlockMap, collect_maps
-from xformopt.passes.sparsify.support.static_masks import extend_mask, select_blocks
+from xformopt.passes.sparsify.support.static_masks import amplified, extend_mask, select_blocks
 from xformopt.pipeline import Context, PassResult, Pipeline
 from xformopt.program import Program
 
@@ -42,6 +43,9 @@ return hidden=%t valid keep %mask
 """
 
 
+WITHOUT_BIAS = TEXT.replace(", %keep, %far)", ", %keep)").replace("input %far: f32[1,4,length,length]\n", "")
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XFORMOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -68,7 +72,7 @@ def run(name: str, program: Program, **options: Any) -> PassResult:
 def check_artifact(program: Program) -> None:
     artifact = lower(program, measure=False)
     for length in (1, 9, 40):
-        given = inputs(length)
+        given = {name: value for name, value in inputs(length).items() if name in program.input_names}
         expected = program.run(given)["hidden"]
         found = torch.from_numpy(artifact.run(**{name: value.numpy() for name, value in given.items()})["hidden"])
         assert bool(found.isfinite().all())
@@ -109,14 +113,59 @@ def test_a_map_is_the_mean_over_queries_that_exist(encoder: Program) -> None:
     torch.testing.assert_close(found.mean, total / count.clamp(min=1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_block_is_worth_what_the_answer_loses() -> None:
+    text = TEXT.replace("return hidden=%t valid keep %mask", "return hidden=%a").split("%s:")[0]
+    text += "return hidden=%a\n"
+    program = Program.parse(text, seed=3)
+    given = inputs(10)
+    maps = collect_maps(program, [given], ["a"], block=4)
+    found = collect_losses(program, [given], maps, block=4, capture=None, seed=5, progress=Context().progress)["a"]
+    # the answer is the attention itself, so that a drawn answer's gradient is the noise that was drawn
+    generator = torch.Generator().manual_seed(5)
+    felt = [torch.randn(20, 32, generator=generator).reshape(2, 10, 4, 8) for _ in range(4)]
+    q, k, v = (given["x"] @ program.parameters[name].t() for name in ("q.w", "k.w", "v.w"))
+    output = program.run(given)["hidden"].reshape(2, 10, 4, 8)
+    wanted = torch.zeros(4, 3, 3, dtype=torch.float64)
+    for gradient in felt:
+        moved = torch.zeros(2, 4, 3, 3, dtype=torch.float64)
+        for b, length in ((0, 10), (1, 7)):
+            for h in range(4):
+                own = slice(h // 2 * 8, h // 2 * 8 + 8)
+                for i in range(10):
+                    logits = 0.35 * k[b, :length, own] @ q[b, i, h * 8 : h * 8 + 8] + given["far"][0, h, i, :length]
+                    for j, weight in enumerate(logits.softmax(0).tolist()):
+                        step = weight / max(1 - weight, 0.05) * (v[b, j, own] - output[b, i, h])
+                        moved[b, h, i // 4, j // 4] += float(gradient[b, i, h] @ step)
+        wanted += moved.square().sum(0)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_queries_that_no_answer_comes_from_get_nothing() -> None:
+    text = TEXT.replace(
+        "return hidden=%t valid keep %mask", "%first: f32[batch,32] = aten.select.int(%b) {dim=1, index=0}"
+    )
+    program = Program.parse(text.replace(", causal=true", "") + "return hidden=%first\n", seed=3)
+    result = run("mask-attention", program, keep=0.5, block=4)
+    last = [value for value in result.program.parameters.values() if value.dtype == torch.bool][1]
+    assert int(last[:, 0].sum()) > 20
+    assert torch.equal(last[:, 1:], torch.eye(10).bool()[1:].expand(4, 9, 10))
+
+
+@pytest.mark.parametrize("score", ["amplified", "mass", "answer"])
+def test_each_score_keeps_the_share_asked_for(encoder: Program, score: str) -> None:
+    result = run("mask-attention", encoder, keep=0.4, block=4, score=score)
+    assert result.notes == (f"attention computed at the longest input: {0.4:.1%}",)
+
+
 def test_the_best_blocks_of_all_heads_stay() -> None:
     mass = torch.tensor([[[0.5, 0.5, 0.0], [0.1, 0.5, 0.4], [0.2, 0.3, 0.5]]], dtype=torch.float64)
     maps = {"one": BlockMap(mass, torch.ones(3, 3).double(), False)}
-    mask = select_blocks(maps, 5 / 9, 0.5)["one"][0]
+    scores = {name: amplified(found, 0.5) for name, found in maps.items()}
+    mask = select_blocks(maps, scores, 5 / 9)["one"][0]
     assert mask.tolist() == [[True, True, False], [False, True, True], [False, False, True]]
     # later keys have no part where queries do not see them
     causal = {"one": BlockMap(mass.tril(), torch.ones(3, 3).double(), True)}
-    assert select_blocks(causal, 4 / 6, 0.5)["one"][0].tolist() == [
+    assert select_blocks(causal, scores, 4 / 6)["one"][0].tolist() == [
         [True, False, False],
         [False, True, False],
         [False, True, True],
@@ -203,6 +252,57 @@ def test_all_blocks_refined_are_attention_itself(encoder: Program) -> None:
     torch.testing.assert_close(result.program.run(given)["hidden"], encoder.run(given)["hidden"], rtol=1e-4, atol=1e-5)
 
 
+def test_queries_that_are_rated_highest_attend(encoder: Program) -> None:
+    result = run("rank-queries", encoder, keep=0.25, samples=8, causal=True)
+    assert len(result.fired) == 2
+    sizes = {"batch": 2, "length": 40}
+    parts = [node.flops for node in cost(result.program, sizes).by_node if "attention" in node.operator]
+    assert parts == [2 * 2 * (10 * 40 * 64 + 40 * 8 * 32)] * 2
+    check_artifact(result.program)
+    (reject,) = run("rank-queries", encoder, keep=0.25, samples=8).rejected
+    assert "would depend on later ones" in reject.reason
+
+
+def test_blocks_stand_for_their_keys(encoder: Program) -> None:
+    (reject,) = run("combine-regions", encoder, block=8).rejected
+    assert "bias between tokens" in reject.reason
+    result = run("combine-regions", Program.parse(WITHOUT_BIAS, seed=3), block=8)
+    assert len(result.fired) == 2
+    sizes = {"batch": 2, "length": 40}
+    parts = [node.flops for node in cost(result.program, sizes).by_node if "attention" in node.operator]
+    assert parts == [2 * 2 * 40 * (8 + 5 + 1) * 64] * 2
+    check_artifact(result.program)
+
+
+def test_channels_are_mixed_by_their_largest_products() -> None:
+    text = """
+program "channels" lifted
+dim batch in [1, inf]
+input %x: f32[batch,9,24]
+param %t: f32[2]
+%y: f32[batch,9,24] = xf.xca(%x, %x, %x, %t) {heads=2}
+return y=%y
+"""
+    program = Program.parse(text, parameters={"t": torch.tensor([2.0, 3.0])})
+    result = build_pass("select-channels", {}).run(program, Context())
+    assert result.notes == ("no work is saved: all products of channels are computed",)
+    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(2))
+    found = result.program.run({"x": x})["y"]
+    heads = torch.nn.functional.normalize(x, dim=1).unflatten(2, (2, 12)).permute(0, 2, 3, 1)  # [B, H, D, T]
+    logits = heads @ heads.transpose(-1, -2) * program.parameters["t"][:, None, None]
+    parts = []
+    for count in (6, 8, 9, 9):
+        chosen = torch.full_like(logits, float("-inf"))
+        best = logits.topk(count)
+        chosen.scatter_(-1, best.indices, best.values)
+        parts.append(chosen.softmax(-1) @ x.unflatten(2, (2, 12)).permute(0, 2, 3, 1))
+    expected = torch.stack(parts).mean(0).permute(0, 3, 1, 2).flatten(2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    artifact = lower(result.program, measure=False)
+    torch.testing.assert_close(torch.from_numpy(artifact.run(x=x.numpy())["y"]), found, rtol=1e-4, atol=1e-5)
+    assert not build_pass("select-channels", {}).run(result.program, Context()).changed
+
+
 def test_the_most_sensitive_layers_stay_full() -> None:
     # the second attention has no part in the answer
     text = TEXT.replace("%b: ", "%idle: ").replace("(%b, %s)", "(%c, %s)")
@@ -226,6 +326,18 @@ def test_the_most_sensitive_layers_stay_full() -> None:
     torch.testing.assert_close(found, result.program.run(batches[1])["hidden"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_window_takes_its_bias_along(encoder: Program) -> None:
+    result = run("localize-attention", encoder, keep=0.7, full=0)
+    assert len(result.fired) == 2
+    check_artifact(result.program)
+    # where the window is the whole sequence, nothing changes
+    wide = run("localize-attention", encoder, keep=0.999, full=0)
+    given = inputs(24)
+    valid = given["mask"] != 0
+    expected, found = (program.run(given)["hidden"][valid] for program in (encoder, wide.program))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_window_is_as_wide_as_its_share(causal: bool) -> None:
     for length, share in ((7, 0.4), (40, 0.25), (9, 0.999)):
@@ -247,6 +359,10 @@ def test_a_window_is_as_wide_as_its_share(causal: bool) -> None:
         ("refine-attention", {"block": 0}, "block must be at least 1"),
         ("localize-attention", {"keep": 0.0}, "keep must lie between 0 and 1"),
         ("localize-attention", {"full": -1}, "full must be at least 0"),
+        ("rank-queries", {"factor": 0.0}, "factor must be positive"),
+        ("rank-queries", {"keep": 1.0}, "keep must lie between 0 and 1"),
+        ("rank-queries", {"samples": 0}, "samples must be at least 1"),
+        ("combine-regions", {"block": 1}, "block must be at least 2"),
     ],
 )
 def test_options_that_make_no_sense(name: str, options: dict[str, Any], message: str) -> None:
@@ -255,7 +371,7 @@ def test_options_that_make_no_sense(name: str, options: dict[str, Any], message:
 
 
 def test_windows_that_cannot_be_had_are_refused(encoder: Program) -> None:
-    with pytest.raises(PassError, match="All 1 attentions that could have a window are to stay full"):
-        run("localize-attention", encoder, full=1)
+    with pytest.raises(PassError, match="All 2 attentions that could have a window are to stay full"):
+        run("localize-attention", encoder, full=2)
     with pytest.raises(DataError, match="there is none"):
         build_pass("localize-attention", {}).run(encoder, Context())

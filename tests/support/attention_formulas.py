@@ -52,6 +52,7 @@ def local(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     *,
     heads: int,
     scale: float,
@@ -68,11 +69,11 @@ def local(
         in_stripe = stripe > 0 and (i - j) % stripe == 0
         return exists and (i - j in window or in_stripe) and (j <= i or not causal)
 
-    return by_loops(q, k, v, sees, scale)
+    return by_loops(q, k, v, sees, scale, bias=bias)
 
 
 def channels(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: torch.Tensor, mask: Any = None, *, heads: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: torch.Tensor, mask: Any = None, *, heads: int, top: int = 0
 ) -> Any:
     width = q.shape[2] // heads
     out = torch.zeros_like(v)
@@ -86,7 +87,10 @@ def channels(
                 theirs = k[b, tokens, e]
                 size = math.sqrt(float(mine @ mine)) * math.sqrt(float(theirs @ theirs))
                 logits.append(float(t[c // width]) * (float(mine @ theirs) / size if tokens else 0.0))
-            out[b, tokens, c] = sum(w * v[b, tokens, e] for w, e in zip(softmax(logits), head, strict=True))
+            least = sorted(logits)[-top]
+            chosen = [(x, e) for x, e in zip(logits, head, strict=True) if x >= least or not top]
+            weights = softmax([x for x, _ in chosen])
+            out[b, tokens, c] = sum(w * v[b, tokens, e] for w, (_, e) in zip(weights, chosen, strict=True))
     return out
 
 

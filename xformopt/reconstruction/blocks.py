@@ -28,11 +28,15 @@ aten = torch.ops.aten
 _MIXERS = frozenset(
     {
         "xf::attention",
+        "xf::block_sparse_attention",
+        "xf::combiner_attention",
         "xf::delta_rule",
         "xf::flow_attention",
         "xf::gated_linear_attention",
         "xf::linear_attention",
         "xf::local_attention",
+        "xf::mra_attention",
+        "xf::prob_sparse_attention",
         "xf::retention",
         "xf::rwkv",
         "xf::selective_scan",

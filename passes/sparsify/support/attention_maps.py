@@ -16,7 +16,7 @@ from xformopt.match import arguments
 from xformopt.passes.samples import check_finite
 from xformopt.program import Program, interpret, path_of
 
-__all__ = ["BlockMap", "collect_maps"]
+__all__ = ["BlockMap", "collect_maps", "in_blocks", "weights_of"]
 
 _OPTIONS = ("heads", "kv_heads", "scale", "causal", "window_left", "window_right")
 
@@ -99,19 +99,33 @@ def collect_maps(
     return maps
 
 
-def _map_of(node: fx.Node, values: Mapping[fx.Node, Any], block: int, capture: int | None) -> BlockMap:
+def weights_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> torch.Tensor:
+    """Return the weights of an attention ``[B, H, T, S]``, of the values it reads."""
     given = arguments(node)
     operands = [values.get(given[name]) for name in ("q", "k", "key_mask", "bias", "key_log_size")]
     weights = attention_weights(*operands, **{name: given[name] for name in _OPTIONS})  # type: ignore[arg-type]
     check_finite(weights, path_of(node) or node.name)
-    exists = operands[2] if operands[2] is not None else torch.ones(len(weights), weights.shape[3])
+    return weights
+
+
+def in_blocks(pairs: torch.Tensor, block: int) -> torch.Tensor:
+    """Sum ``[B, H, T, T]`` up by blocks, ``[B, H, N, N]``."""
+    missing = -pairs.shape[2] % block
+    padded = functional.pad(pairs, (0, missing, 0, missing))
+    summed: torch.Tensor = padded.unflatten(3, (-1, block)).sum(4).unflatten(2, (-1, block)).sum(3)
+    return summed
+
+
+def _map_of(node: fx.Node, values: Mapping[fx.Node, Any], block: int, capture: int | None) -> BlockMap:
+    given = arguments(node)
+    weights = weights_of(node, values)
+    key_mask = values.get(given["key_mask"])
+    exists = key_mask if key_mask is not None else torch.ones(len(weights), weights.shape[3])
     weights = weights[:, :, :capture, :capture].double()
     exists = exists[:, :capture].double()
-    missing = -weights.shape[2] % block
-    weights = functional.pad(weights * exists[:, None, :, None], (0, missing, 0, missing))
-    exists = functional.pad(exists, (0, missing)).unflatten(1, (-1, block))  # [B, N, block]
-    mass = weights.unflatten(3, (-1, block)).sum(4).unflatten(2, (-1, block)).sum((0, 3))
-    queries = torch.einsum("bn,bm->nm", exists.sum(2), exists.amax(2))
+    mass = in_blocks(weights * exists[:, None, :, None], block).sum(0)
+    counted = functional.pad(exists, (0, -exists.shape[1] % block)).unflatten(1, (-1, block))  # [B, N, block]
+    queries = torch.einsum("bn,bm->nm", counted.sum(2), counted.amax(2))
     return BlockMap(mass, queries, given["causal"])
 
 

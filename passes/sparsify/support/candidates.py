@@ -9,13 +9,19 @@ from torch import fx
 
 from xformopt.errors import PassError
 from xformopt.match import arguments, is_call, xf
-from xformopt.program import Program, shape_of
+from xformopt.program import Program, path_of, shape_of
 from xformopt.rewrite import Editor
 
-__all__ = ["bias_refusal", "find_attentions", "longest_of", "refusal", "repeat_heads"]
+__all__ = ["bias_refusal", "find_attentions", "longest_of", "masked_attention", "refusal", "repeat_heads"]
 
 aten = torch.ops.aten
-_IN_PART = (xf.block_sparse_attention, xf.local_attention, xf.mra_attention)
+_IN_PART = (
+    xf.block_sparse_attention,
+    xf.combiner_attention,
+    xf.local_attention,
+    xf.mra_attention,
+    xf.prob_sparse_attention,
+)
 
 
 def find_attentions(program: Program) -> list[str]:
@@ -79,3 +85,21 @@ def repeat_heads(editor: Editor, value: fx.Node, kv_heads: int, heads: int) -> f
     column = editor.call(aten.unsqueeze.default, apart, 3)  # [B, S, kv_heads, 1, D]
     beside = editor.call(aten.cat.default, [column] * (heads // kv_heads), 3)
     return editor.call(aten.flatten.using_ints, beside, 2, 4)
+
+
+def masked_attention(editor: Editor, node: fx.Node, mask: torch.Tensor, block: int) -> fx.Node:
+    """Insert what stands for an attention over the blocks of a mask, ``[H, N, N]`` bool."""
+    given = arguments(node)
+    return editor.call(
+        xf.block_sparse_attention,
+        given["q"],
+        repeat_heads(editor, given["k"], given["kv_heads"], given["heads"]),
+        repeat_heads(editor, given["v"], given["kv_heads"], given["heads"]),
+        editor.parameter(f"{path_of(node) or node.name}.block_mask", mask),
+        given["key_mask"],
+        given["bias"],
+        heads=given["heads"],
+        scale=given["scale"],
+        block=block,
+        causal=given["causal"],
+    )

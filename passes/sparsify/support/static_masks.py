@@ -14,7 +14,7 @@ import torch
 from xformopt.errors import PassError
 from xformopt.passes.sparsify.support.attention_maps import BlockMap
 
-__all__ = ["box_cox", "extend_mask", "select_blocks"]
+__all__ = ["amplified", "box_cox", "extend_mask", "select_blocks"]
 
 # a pattern is told by a quarter of the rows of a map at least
 _SUPPORT = 4
@@ -25,39 +25,56 @@ def box_cox(x: torch.Tensor, power: float) -> torch.Tensor:
     return (x**power - 1) / power if power else x.clamp(min=torch.finfo(x.dtype).tiny).log()
 
 
-def select_blocks(maps: Mapping[str, BlockMap], keep: float, power: float) -> dict[str, torch.Tensor]:
+def amplified(found: BlockMap, power: float) -> torch.Tensor:
+    """Return a map after a Box-Cox transformation, brought to [0, 1] in each head, ``[H, N, N]``."""
+    visible = _meeting(found)
+    shaped = box_cox(found.mean, power)
+    low = shaped.masked_fill(~visible, float("inf")).amin((1, 2), keepdim=True)
+    high = shaped.masked_fill(~visible, float("-inf")).amax((1, 2), keepdim=True)
+    brought: torch.Tensor = (shaped - low) / (high - low).clamp(min=torch.finfo(shaped.dtype).tiny)
+    return brought
+
+
+def select_blocks(
+    maps: Mapping[str, BlockMap], scores: Mapping[str, torch.Tensor], keep: float
+) -> dict[str, torch.Tensor]:
     """Return the mask of each layer, ``[H, N, N]`` bool, that keep a share of all visible blocks together.
 
-    Each head's mean map goes through a Box-Cox transformation and is brought to [0, 1]; the blocks above one threshold
-    for all layers and heads stay, the threshold being that at which as many stay as asked for.  Blocks on the diagonal
-    stay in any case, so that every query sees a key at every length.
+    The blocks whose score is above one threshold for all layers and heads stay, the threshold being that at which as
+    many stay as asked for.  Blocks on the diagonal stay in any case, so that every query sees a key at every length.
+
+    Args:
+        maps: Tell which blocks queries and keys share.
+        scores: What each block is worth, ``[H, N, N]``, by layer.
+        keep: The share.
 
     Raises:
         PassError: the diagonals alone are more than that.
 
     """
-    scores, fixed, total = {}, 0, 0
+    ranked, fixed, total = {}, 0, 0
     for name, found in maps.items():
-        visible = found.visible & (found.queries > 0)
-        shaped = box_cox(found.mean, power)
-        low = shaped.masked_fill(~visible, float("inf")).amin((1, 2), keepdim=True)
-        high = shaped.masked_fill(~visible, float("-inf")).amax((1, 2), keepdim=True)
-        score = ((shaped - low) / (high - low).clamp(min=torch.finfo(shaped.dtype).tiny)).masked_fill(~visible, -1.0)
+        visible = _meeting(found)
         diagonal = torch.eye(len(found.queries), dtype=torch.bool)
-        scores[name] = score.masked_fill(diagonal, 2.0)
-        total += len(score) * int((visible | diagonal).sum())
-        fixed += len(score) * len(diagonal)
+        hidden = scores[name].masked_fill(~visible, float("-inf"))
+        ranked[name] = hidden.masked_fill(diagonal, float("inf"))
+        total += len(hidden) * int((visible | diagonal).sum())
+        fixed += len(hidden) * len(diagonal)
     wanted = round(keep * total)
     if wanted < fixed:
         raise PassError(
             f"Keeping {keep:.0%} of the attention leaves {wanted} of {total} blocks, and those on the diagonals alone, "
             f"which every query needs, are {fixed}. Keep more, or choose smaller blocks."
         )
-    flat = torch.cat([score.reshape(-1) for score in scores.values()])
+    flat = torch.cat([score.reshape(-1) for score in ranked.values()])
     kept = torch.zeros(len(flat), dtype=torch.bool)
     kept[flat.topk(wanted).indices] = True
-    parts = kept.split([score.numel() for score in scores.values()])
-    return {name: part.reshape(score.shape) for part, (name, score) in zip(parts, scores.items(), strict=True)}
+    parts = kept.split([score.numel() for score in ranked.values()])
+    return {name: part.reshape(score.shape) for part, (name, score) in zip(parts, ranked.items(), strict=True)}
+
+
+def _meeting(found: BlockMap) -> torch.Tensor:
+    return found.visible & (found.queries > 0)
 
 
 def extend_mask(mask: torch.Tensor, size: int, match: float, *, causal: bool) -> torch.Tensor:
