@@ -1,0 +1,65 @@
+"""The operands each Triton kernel is compiled for when its resources are recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["CASES", "Case", "operands_of"]
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: tensors as ``(shape, dtype)``, by place and by name, and plain options."""
+
+    operator: str
+    name: str
+    operands: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def operands_of(case: Case) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments, tensors on the device ``meta``."""
+    made = [_made(value) for value in case.operands]
+    return made, {name: _made(value) for name, value in case.options.items()}
+
+
+def _made(value: Any) -> Any:
+    return torch.empty(value[0], dtype=value[1], device="meta") if isinstance(value, tuple) else value
+
+
+def _attention(name: str, dtype: torch.dtype, width: int, *operands: Any, group: int = 1, **options: Any) -> Case:
+    """Attention of 12 heads in 4 sequences of 512 tokens."""
+    kv_heads = 12 // group
+    q, kv = ((4, 512, 12 * width), dtype), ((4, 512, kv_heads * width), dtype)
+    given = {"heads": 12, "kv_heads": kv_heads, "scale": width**-0.5, **options}
+    return Case("attention", f"{name}, {dtype}, {width} wide", (q, kv, kv, *operands), given)
+
+
+def _packed(dtype: torch.dtype, width: int, *, has_keys: bool = False, causal: bool = False) -> Case:
+    tokens, number = ((1, 2048, 12 * width), dtype), torch.int64
+    options = {"heads": 12, "kv_heads": 12, "scale": width**-0.5, "causal": causal}
+    keys = ((4,), number) if has_keys else None
+    name = f"{'causal, ' if causal else ''}{'keys, ' if has_keys else ''}{dtype}, {width} wide"
+    return Case("attention_packed", name, (tokens, tokens, tokens, ((5,), number), keys), options)
+
+
+_MASK = ((4, 512), torch.bool)
+_BIAS = ((4, 12, 512, 512), HALF)
+_ATTENTION = (
+    _attention("all keys", HALF, 64),
+    _attention("all keys", HALF, 128),
+    _attention("all keys", SINGLE, 64),
+    _attention("causal", HALF, 64, causal=True),
+    _attention("causal, groups", HALF, 128, causal=True, group=4),
+    _attention("causal window", HALF, 64, causal=True, window_left=256),
+    _attention("key mask, bias and sizes", HALF, 64, _MASK, _BIAS, ((4, 512), HALF)),
+    _packed(HALF, 64, has_keys=True),
+    _packed(HALF, 128, causal=True),
+)
+
+CASES: tuple[Case, ...] = (*_ATTENTION,)
