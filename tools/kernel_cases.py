@@ -10,6 +10,7 @@ import torch
 __all__ = ["CASES", "Case", "operands_of"]
 
 HALF, SINGLE = torch.bfloat16, torch.float32
+NAMES = {HALF: "bf16", SINGLE: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ def _attention(name: str, dtype: torch.dtype, width: int, *operands: Any, group:
     kv_heads = 12 // group
     q, kv = ((4, 512, 12 * width), dtype), ((4, 512, kv_heads * width), dtype)
     given = {"heads": 12, "kv_heads": kv_heads, "scale": width**-0.5, **options}
-    return Case("attention", f"{name}, {dtype}, {width} wide", (q, kv, kv, *operands), given)
+    return Case("attention", f"{name}, {NAMES[dtype]}, {width} wide", (q, kv, kv, *operands), given)
 
 
 def _packed(dtype: torch.dtype, width: int, *, has_keys: bool = False, causal: bool = False) -> Case:
     tokens, number = ((1, 2048, 12 * width), dtype), torch.int64
     options = {"heads": 12, "kv_heads": 12, "scale": width**-0.5, "causal": causal}
     keys = ((4,), number) if has_keys else None
-    name = f"{'causal, ' if causal else ''}{'keys, ' if has_keys else ''}{dtype}, {width} wide"
+    name = f"{'causal, ' if causal else ''}{'keys, ' if has_keys else ''}{NAMES[dtype]}, {width} wide"
     return Case("attention_packed", name, (tokens, tokens, tokens, ((5,), number), keys), options)
 
 
@@ -62,4 +63,25 @@ _ATTENTION = (
     _packed(HALF, 128, causal=True),
 )
 
-CASES: tuple[Case, ...] = (*_ATTENTION,)
+_X = ((4, 512, 768), HALF)
+_WEIGHT = ((768,), HALF)
+_INDEX = torch.int64
+_ANGLES = ((1, 512, 32), HALF)
+_ROWS = (
+    Case("layer_norm", "bf16, 768 wide", (_X, _WEIGHT, _WEIGHT), {"eps": 1e-5}),
+    Case("rms_norm", "bf16, 4096 wide", (((4, 512, 4096), HALF), ((4096,), HALF)), {"eps": 1e-5}),
+    Case("rms_norm", "bf16, over heads of 64", (_X, ((64,), HALF)), {"eps": 1e-5, "groups": 12}),
+    Case("add_layer_norm", "bf16, 768 wide", (_X, _X, _WEIGHT, _WEIGHT), {"eps": 1e-5}),
+    Case("add_rms_norm", "fp32, 768 wide", (((4, 512, 768), SINGLE),) * 2 + (((768,), SINGLE),), {"eps": 1e-5}),
+    Case("rope", "bf16, halves", (_X, _ANGLES, _ANGLES), {"heads": 12}),
+    Case("rope", "bf16, adjacent pairs", (_X, _ANGLES, _ANGLES), {"heads": 12, "interleaved": True}),
+    Case("activation", "bf16, gelu", (_X,), {"function": "gelu"}),
+    Case("glu", "bf16, silu", (_X, _X), {"function": "silu"}),
+    Case(
+        "merge_tokens",
+        "bf16, 768 wide, sizes",
+        (_X, ((4, 384), _INDEX), ((4, 128), _INDEX), ((4, 128), _INDEX), ((4, 512), HALF)),
+    ),
+)
+
+CASES: tuple[Case, ...] = (*_ATTENTION, *_ROWS)
