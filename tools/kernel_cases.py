@@ -84,4 +84,29 @@ _ROWS = (
     ),
 )
 
-CASES: tuple[Case, ...] = (*_ATTENTION, *_ROWS)
+_BYTES, _WIDE = torch.uint8, ((3072,), HALF)
+_SCALES = ((3072, 12), HALF)
+_LINEAR = (
+    Case("linear_activation", "bf16, gelu", (_X, ((3072, 768), HALF), _WIDE), {"function": "gelu"}),
+    Case(
+        "linear_activation",
+        "fp32, gelu",
+        (((4, 512, 768), SINGLE), ((3072, 768), SINGLE), ((3072,), SINGLE)),
+        {"function": "gelu"},
+    ),
+    Case("weight_only_linear", "int4, bf16", (_X, ((3072, 12, 32), _BYTES), _SCALES), {"bits": 4}),
+    Case(
+        "weight_only_linear",
+        "int4, bf16, one row, zeros",
+        (((1, 1, 768), HALF), ((3072, 12, 32), _BYTES), _SCALES, ((3072, 6), _BYTES), _WIDE),
+        {"bits": 4},
+    ),
+    Case("weight_only_linear", "int8, bf16", (_X, ((3072, 12, 64), _BYTES), _SCALES), {"bits": 8}),
+    Case(
+        "quantized_linear",
+        "int8, bf16",
+        (_X, ((3072, 768), torch.int8), _WIDE, _WIDE, ((), HALF), ((), _BYTES)),
+    ),
+)
+
+CASES: tuple[Case, ...] = (*_ATTENTION, *_ROWS, *_LINEAR)
