@@ -109,4 +109,23 @@ _LINEAR = (
     ),
 )
 
-CASES: tuple[Case, ...] = (*_ATTENTION, *_ROWS, *_LINEAR)
+_SSD = (
+    ((4, 512, 1536), HALF),
+    ((4, 512, 24), HALF),
+    ((24,), SINGLE),
+    ((4, 512, 128), HALF),
+    ((4, 512, 128), HALF),
+    ((24,), HALF),
+)
+_SINGLE = ((4, 512, 768), SINGLE)
+_RECURRENT = (
+    Case("retention", "bf16, 64 wide", (_X, _X, _X, ((12,), SINGLE)), {"heads": 12}),
+    Case("retention", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, ((12,), SINGLE)), {"heads": 12}),
+    Case("ssd", "bf16, states of 128 by 64", _SSD, {"heads": 24}),
+    Case("linear_attention", "bf16, 64 wide", (_X, _X, _X), {"heads": 12, "causal": True}),
+    Case("gated_linear_attention", "bf16, 64 wide", (_X, _X, _X, _X), {"heads": 12}),
+    Case("gated_linear_attention", "bf16, 128 wide", (_X, _X, _X, _X), {"heads": 6}),
+    Case("gated_linear_attention", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, _SINGLE), {"heads": 12}),
+)
+
+CASES: tuple[Case, ...] = (*_ATTENTION, *_ROWS, *_LINEAR, *_RECURRENT)
