@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xformopt.kernels.retention.triton import CHUNK, refusal, states
+from xformopt.kernels.retention.triton import chunk_for, refusal, states
 from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, power_of_two, tiles
 
 __all__ = ["KERNEL"]
@@ -37,7 +37,7 @@ def _plan(
         **{f"{name}_batch": x.stride(0) for name, x in named},
         **{f"{name}_row": x.stride(1) for name, x in named},
     }
-    constants = {"HEADS": heads, "D": D, "E": E, "C": CHUNK, "B": _TOKENS, "WIDE": power_of_two(D), "M": M}
+    constants = {"HEADS": heads, "D": D, "E": E, "C": chunk_for(v.dtype), "B": _TOKENS, "WIDE": power_of_two(D), "M": M}
     second = Launch(gated_outputs, (tiles(T, _TOKENS) * tiles(E, M), heads, B), arguments, constants, 4, 1)
     return Plan((first, second), out, (before,))
 

@@ -8,14 +8,17 @@ import torch
 
 from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Verdict, power_of_two, tiles
 
-__all__ = ["CHUNK", "KERNEL", "MOST_WIDTH", "decayed", "refusal", "states"]
+__all__ = ["KERNEL", "MOST_WIDTH", "chunk_for", "decayed", "refusal", "states"]
 
-# tokens that are computed together
-CHUNK = 64
 # of a key or a value
 MOST_WIDTH = 256
 # channels of a value, and of a key in a state, that one program takes
 _PART = 64
+
+
+def chunk_for(dtype: torch.dtype) -> int:
+    """Return how many tokens are computed together; of float32 as many as the registers of sm_80 hold."""
+    return 32 if dtype == torch.float32 else 64
 
 
 def refusal(*operands: torch.Tensor, widths: tuple[Any, ...]) -> Verdict:
@@ -47,7 +50,8 @@ def states(
     from xformopt.kernels.triton_recurrent import chunk_states
 
     (B, T), D, E = k.shape[:2], k.shape[2] * group // heads, v.shape[2] // heads
-    chunks = tiles(T, CHUNK)
+    C = chunk_for(k.dtype)
+    chunks = tiles(T, C)
     written = k.new_empty(B, heads, chunks, D, E, dtype=torch.float32)
     sums = k.new_empty(B, heads, chunks, D, dtype=torch.float32) if has_sums else None
     N, M = min(_PART, power_of_two(D)), min(_PART, power_of_two(E))
@@ -56,7 +60,7 @@ def states(
         **{"k_batch": k.stride(0), "k_row": k.stride(1), "v_batch": v.stride(0), "v_row": v.stride(1)},
         **_strides_of(decay, D if gated else None),
     }
-    constants = {"GROUP": group, "D": D, "E": E, "GATED": gated, "C": CHUNK, "N": N, "M": M}
+    constants = {"GROUP": group, "D": D, "E": E, "GATED": gated, "C": C, "N": N, "M": M}
     return Launch(chunk_states, (tiles(D, N) * tiles(E, M), heads, B), arguments, constants, 4, 2), written, sums
 
 
@@ -104,7 +108,15 @@ def decayed(
         **{f"{name}_row": x.stride(1) for name, x in (("q", q), ("k", k), ("v", v))},
         **_strides_of(decay, None),
     }
-    constants = {"HEADS": heads, "GROUP": group, "D": D, "E": E, "C": CHUNK, "WIDE": power_of_two(D), "M": M}
+    constants = {
+        "HEADS": heads,
+        "GROUP": group,
+        "D": D,
+        "E": E,
+        "C": chunk_for(v.dtype),
+        "WIDE": power_of_two(D),
+        "M": M,
+    }
     second = Launch(decayed_outputs, (before.shape[2] * tiles(E, M), heads, B), arguments, constants, 4, 1)
     return Plan((first, second), out, (before,) if sums is None else (before, sums))
 
