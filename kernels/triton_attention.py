@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["attention_forward", "online_softmax"]
+__all__ = ["attention_forward", "decode_join", "decode_split", "online_softmax", "walk"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # float32 products in three products of tensor cores: 22 bits instead of the 10 of one
@@ -57,7 +57,7 @@ def _locate(offsets, sequences, block, M: tl.constexpr):
 
 
 @triton.jit
-def _walk(
+def walk(
     low,
     high,
     tile,
@@ -261,15 +261,15 @@ def attention_forward(
         high = tl.minimum(seen, begin + M + shift + RIGHT)
         behind = tl.maximum(tl.minimum(seen, begin + shift + RIGHT + 1), 0) // N * N
     if LEFT >= 0:
-        peak, total, sums = _walk(
+        peak, total, sums = walk(
             low, tl.minimum(whole, high), tile, k, v, k_row, v_row, key_mask, bias_rows, bias_column, log_size,
             rows + shift, seen, scale, peak, total, sums, D, E, LEFT, RIGHT, N, WIDE_D, WIDE_E, False,
         )  # fmt: skip
-    peak, total, sums = _walk(
+    peak, total, sums = walk(
         whole, behind, tile, k, v, k_row, v_row, key_mask, bias_rows, bias_column, log_size,
         rows + shift, seen, scale, peak, total, sums, D, E, LEFT, RIGHT, N, WIDE_D, WIDE_E, True,
     )  # fmt: skip
-    peak, total, sums = _walk(
+    peak, total, sums = walk(
         tl.maximum(whole, behind), high, tile, k, v, k_row, v_row, key_mask, bias_rows, bias_column, log_size,
         rows + shift, seen, scale, peak, total, sums, D, E, LEFT, RIGHT, N, WIDE_D, WIDE_E, False,
     )  # fmt: skip
@@ -277,3 +277,121 @@ def attention_forward(
     attended = sums / tl.where(total > 0, total, 1.0)[:, None]
     place = out + head * E + rows[:, None] * (HEADS * E) + depths[None, :]
     tl.store(place, attended.to(out.dtype.element_ty), mask=is_row[:, None] & (depths < E)[None, :])
+
+
+@triton.jit
+def decode_split(
+    q,
+    k,
+    v,
+    sums,
+    totals,
+    key_mask,
+    bias,
+    log_size,
+    S,
+    scale,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    v_batch,
+    v_row,
+    bias_batch,
+    bias_head,
+    bias_row,
+    bias_column,
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    KEYS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    WIDE_D: tl.constexpr,
+    WIDE_E: tl.constexpr,
+):
+    """Attention of few queries to ``KEYS`` of many keys; the queries of all heads that share keys are one tile.
+
+    Programs are ``(parts of the keys, heads of keys, sequences)``.  Operands are those of :func:`attention_forward`,
+    and ``sums`` ``[B, parts, HEADS, T, E]`` and ``totals`` ``[B, parts, HEADS, T, 2]``, float32: the values summed up,
+    the largest logit and the sum of the weights, which :func:`decode_join` puts together.
+    """
+    part, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, M)
+    is_row = rows < GROUP * T
+    heads, queries = kv_head * GROUP + rows // T, rows % T
+    widths, depths = tl.arange(0, WIDE_D), tl.arange(0, WIDE_E)
+    place = q + batch * q_batch + queries[:, None] * q_row + heads[:, None] * D + widths[None, :]
+    tile = tl.load(place, mask=is_row[:, None] & (widths < D)[None, :], other=0.0)
+    k += batch * k_batch + kv_head * D
+    v += batch * v_batch + kv_head * E
+    if key_mask is not None:
+        key_mask += batch * S
+    if log_size is not None:
+        log_size += batch * S
+    bias_rows = bias
+    if bias is not None:
+        # rows that are none read what the first one reads
+        kept = tl.where(is_row, heads, kv_head * GROUP).to(tl.int64) * bias_head
+        bias_rows = bias + batch * bias_batch + kept + queries.to(tl.int64) * bias_row
+    peak = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    found = tl.zeros([M, WIDE_E], tl.float32)
+    low, high = part * KEYS, tl.minimum(part * KEYS + KEYS, S)
+    if RIGHT >= 0:
+        high = tl.minimum(high, S + RIGHT)
+    if LEFT >= 0:
+        low = tl.maximum(low, tl.maximum(S - T - LEFT, 0) // N * N)
+    # one query at the end sees every key, but for a window
+    whole = low
+    if T == 1 and LEFT < 0:
+        whole = high // N * N
+    peak, total, found = walk(
+        low, whole, tile, k, v, k_row, v_row, key_mask, bias_rows, bias_column, log_size,
+        queries + S - T, S, scale, peak, total, found, D, E, LEFT, RIGHT, N, WIDE_D, WIDE_E, True,
+    )  # fmt: skip
+    peak, total, found = walk(
+        whole, high, tile, k, v, k_row, v_row, key_mask, bias_rows, bias_column, log_size,
+        queries + S - T, S, scale, peak, total, found, D, E, LEFT, RIGHT, N, WIDE_D, WIDE_E, False,
+    )  # fmt: skip
+    row = ((batch * tl.num_programs(0) + part) * HEADS + heads) * T + queries
+    tl.store(sums + row[:, None] * E + depths[None, :], found, mask=is_row[:, None] & (depths < E)[None, :])
+    tl.store(totals + row * 2, peak, mask=is_row)
+    tl.store(totals + row * 2 + 1, total, mask=is_row)
+
+
+@triton.jit
+def decode_join(
+    sums,
+    totals,
+    out,
+    parts,
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    E: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WIDE_E: tl.constexpr,
+):
+    """Put the parts of one query of one head together, in order; operands are those of :func:`decode_split`."""
+    UNIT: tl.constexpr = _LOG2_E if HAS_BIAS else 1.0
+    query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    depths = tl.arange(0, WIDE_E)
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    found = tl.zeros([WIDE_E], tl.float32)
+    for part in range(0, parts):
+        row = ((batch * parts + part) * HEADS + head) * T + query
+        own = tl.load(totals + row * 2)
+        higher = tl.maximum(peak, own)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, factor = tl.exp2((peak - safe) * UNIT), tl.exp2((own - safe) * UNIT)
+        total = total * shrink + tl.load(totals + row * 2 + 1) * factor
+        found = found * shrink + tl.load(sums + row * E + depths, mask=depths < E, other=0.0) * factor
+        peak = higher
+    attended = found / tl.where(total > 0, total, 1.0)
+    place = out + (batch * T + query) * (HEADS * E) + head * E + depths
+    tl.store(place, attended.to(out.dtype.element_ty), mask=depths < E)

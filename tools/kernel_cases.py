@@ -51,6 +51,15 @@ def _packed(dtype: torch.dtype, width: int, *, has_keys: bool = False, causal: b
 
 _MASK = ((4, 512), torch.bool)
 _BIAS = ((4, 12, 512, 512), HALF)
+
+
+def _decode(name: str, dtype: torch.dtype, width: int, *operands: Any, kv_heads: int) -> Case:
+    """One query of 16 heads in 4 sequences with 4,096 keys in the cache."""
+    q, kv = ((4, 1, 16 * width), dtype), ((4, 4096, kv_heads * width), dtype)
+    options = {"heads": 16, "kv_heads": kv_heads, "scale": width**-0.5, "causal": True}
+    return Case("attention", f"one query, {name}, {NAMES[dtype]}, {width} wide", (q, kv, kv, *operands), options)
+
+
 _ATTENTION = (
     _attention("all keys", HALF, 64),
     _attention("all keys", HALF, 128),
@@ -59,11 +68,20 @@ _ATTENTION = (
     _attention("causal, groups", HALF, 128, causal=True, group=4),
     _attention("causal window", HALF, 64, causal=True, window_left=256),
     _attention("key mask, bias and sizes", HALF, 64, _MASK, _BIAS, ((4, 512), HALF)),
+    _decode("groups", HALF, 128, kv_heads=4),
+    _decode("key mask", HALF, 64, ((4, 4096), torch.bool), kv_heads=16),
+    _decode("groups", SINGLE, 128, kv_heads=4),
     _packed(HALF, 64, has_keys=True),
     _packed(HALF, 128, causal=True),
 )
 
 _X = ((4, 512, 768), HALF)
+_SPARSE = Case(
+    "block_sparse_attention",
+    "blocks of 64, causal, bf16, 64 wide",
+    (_X, _X, _X, ((1, 8, 8), torch.bool)),
+    {"heads": 12, "scale": 0.125, "block": 64, "causal": True},
+)
 _WEIGHT = ((768,), HALF)
 _INDEX = torch.int64
 _ANGLES = ((1, 512, 32), HALF)
@@ -128,4 +146,4 @@ _RECURRENT = (
     Case("gated_linear_attention", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, _SINGLE), {"heads": 12}),
 )
 
-CASES: tuple[Case, ...] = (*_ATTENTION, *_ROWS, *_LINEAR, *_RECURRENT)
+CASES: tuple[Case, ...] = (*_ATTENTION, _SPARSE, *_ROWS, *_LINEAR, *_RECURRENT)

@@ -61,6 +61,31 @@ def test_a_query_without_keys_gets_zeros() -> None:
     assert not computed("attention", q, k, v, MASK, **HEADS)[1].any()
 
 
+@pytest.mark.parametrize(
+    ("options", "T", "operands"),
+    [
+        ({}, 1, {}),
+        ({"heads": 8}, 1, {"key_mask": True}),
+        ({"heads": 4, "causal": True}, 3, {}),
+        ({"heads": 4, "causal": True, "window_left": 40}, 3, {"key_mask": True}),
+        ({"causal": True}, 2, {"bias": randn(1, 2, 2, 530), "key_log_size": randn(3, 530)}),
+    ],
+    ids=["one query", "groups, mask", "several queries", "window", "bias and sizes"],
+)
+def test_few_queries_on_many_keys(options: dict[str, Any], T: int, operands: dict[str, Any]) -> None:
+    """Keys in two parts; a sequence whose keys are all in one of them, and one without any."""
+    given = {**HEADS, **options}
+    mask = torch.ones(3, 530, dtype=torch.bool)
+    mask[1, :525], mask[2] = False, False
+    if operands.get("key_mask"):
+        operands = {**operands, "key_mask": mask}
+    q, k, v = randn(3, T, 16 * given["heads"]), randn(3, 530, 16 * 2), randn(3, 530, 24 * 2)
+    assert len(KERNEL.plan(q, k, v, **given, **operands).launches) == 2
+    ours = assert_kernel("attention", q, k, v, **given, **operands)
+    if operands.get("key_mask") is not None:
+        assert not ours[2].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     assert_kernel("attention", *(randn(2, 137, 64, dtype=dtype) for _ in range(3)), **HEADS)
