@@ -20,8 +20,8 @@ def gated(gate: torch.Tensor, up: torch.Tensor | None, function: str) -> Plan:
     # without gaps it is one row
     is_flat = gate.is_contiguous() and (up is None or up.is_contiguous())
     width = gate.numel() if is_flat else gate.shape[-1]
-    gates = rows_of(gate, width)
-    factors = None if up is None else rows_of(up, width)
+    gates = gate.view(1, width) if is_flat else rows_of(gate, width)
+    factors = None if up is None else up.view(1, width) if is_flat else rows_of(up, width)
     blocks = tiles(width, _COLUMNS)
     arguments = {
         **{"gate": gates, "up": factors, "out": out, "blocks": blocks, "width": width},

@@ -103,6 +103,17 @@ def test_merging_nothing() -> None:
     assert_kernel("merge_tokens", randn(1, 4, 5), torch.tensor([[0, 1, 2, 3]]), none, none)
 
 
+def test_a_pack_without_tokens() -> None:
+    nothing = torch.empty(1, 0, 8)
+    for name, operands, options in (
+        ("activation", (nothing,), {"function": "gelu"}),
+        ("glu", (nothing, nothing), {"function": "silu"}),
+        ("layer_norm", (nothing, randn(8)), {"eps": 1e-5}),
+        ("linear_activation", (nothing, randn(8, 8)), {"function": "relu"}),
+    ):
+        assert computed(name, *operands, **options).shape == (1, 0, 8)
+
+
 def test_what_is_refused_is_said() -> None:
     kernels = load_kernels()
     x = randn(2, 3, 8)
