@@ -7,6 +7,8 @@ import os
 
 # read when torch and transformers are imported, so set before any test file is
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton decides when it is imported whether kernels run on the processor
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -18,6 +18,6 @@ make_environment() {
   "$python" -m venv "$venv"
   # torch first and exactly: a looser requirement would bring the CUDA build
   "$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" "torch==2.13.0"
-  "$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" --editable "$root[ort,openvino,tvm,hf,demo,tasks,dev]"
+  "$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" --editable "$root[ort,openvino,tvm,triton,hf,demo,tasks,dev]"
   echo "$wanted" >"$stamp"
 }

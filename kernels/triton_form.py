@@ -1,0 +1,131 @@
+"""What a Triton kernel of an operator is, and how it becomes a torch operator.
+
+``kernels/<operator>/triton.py`` holds ``KERNEL``: whether it takes the operands, and its *plan*, the launches that
+compute the result.  A plan is data: the torch operator runs it, tests fill its outputs first, and
+``tools/compile_kernels.py`` compiles it for GPUs that are not there.  Code in Triton's own language is in
+``kernels/triton_<subject>.py``, which need Triton when they are imported: inside of functions only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+
+from xformopt.kernels.definition import Operator, load_operators
+
+__all__ = ["FLOATS", "Kernel", "Launch", "Plan", "Verdict", "load_kernels", "power_of_two", "rows_of", "tiles"]
+
+# why a kernel does not take the operands, or None where it does
+Verdict: TypeAlias = str | None
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel.
+
+    Attributes:
+        kernel: What ``triton.jit`` returned.
+        grid: How many programs, along up to three axes; may be symbolic.
+        arguments: Tensors, numbers, and None for operands that there are not.
+        constants: What the kernel is compiled for.
+        warps: Warps of a program.
+        stages: How many blocks of a loop are loaded ahead.
+
+    """
+
+    kernel: Any
+    grid: tuple[Any, ...]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    warps: int = 4
+    stages: int = 2
+
+    def run(self) -> None:
+        """Launch it, or record it where the torch operator is being traced."""
+        given = {**self.arguments, **self.constants, "num_warps": self.warps, "num_stages": self.stages}
+        torch.library.wrap_triton(self.kernel)[self.grid](**given)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of one call.
+
+    Attributes:
+        launches: In order.
+        result: A tensor or a tuple of them, written when all are done.
+        scratch: What launches leave to later ones.
+
+    """
+
+    launches: tuple[Launch, ...]
+    result: Any
+    scratch: tuple[torch.Tensor, ...] = ()
+
+    def run(self) -> Any:
+        """Launch everything and return the result."""
+        for launch in self.launches:
+            launch.run()
+        return self.result
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How one operator is computed on a GPU.
+
+    Attributes:
+        plan: Takes the arguments of the operator, on any device; allocates the result, launches nothing.
+        accepts: Takes the same (fake tensors, maybe of symbolic sizes); says why there is no kernel for them.
+
+    """
+
+    plan: Callable[..., Plan]
+    accepts: Callable[..., Verdict]
+
+
+@cache
+def load_kernels() -> dict[str, Kernel]:
+    """Register every kernel as ``xf_triton::<operator>``, with the operator's schema, and return them by name."""
+    found = {}
+    for name, operator in load_operators().items():
+        module = f"xformopt.kernels.{name}.triton"
+        if importlib.util.find_spec(module) is not None:
+            found[name] = importlib.import_module(module).KERNEL
+            _register(operator, found[name])
+    return found
+
+
+def _register(operator: Operator, kernel: Kernel) -> None:
+    def compute(*operands: Any, **options: Any) -> Any:
+        return kernel.plan(*operands, **options).run()
+
+    # torch reads the schema off the signature: a plan's, but for what it returns
+    outputs = len(operator.overload._schema.returns)
+    returned: Any = torch.Tensor if outputs == 1 else tuple[(torch.Tensor,) * outputs]  # type: ignore[misc]
+    signature = inspect.signature(kernel.plan, eval_str=True).replace(return_annotation=returned)
+    compute.__signature__ = signature  # type: ignore[attr-defined]
+    torch.library.triton_op(f"xf_triton::{operator.name}", compute, mutates_args=())
+    torch.library.register_fake(f"xf_triton::{operator.name}", operator.infer, allow_override=True)
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """Return ``size`` rounded up to a power of two, at least ``least``: the sizes a tile may have."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def tiles(size: Any, tile: int) -> Any:
+    """Return how many tiles hold ``size`` elements; ``size`` may be symbolic."""
+    return (size + tile - 1) // tile
+
+
+def rows_of(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Return ``x`` as ``[rows, width]`` with adjacent columns: a view where its layout allows it."""
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()

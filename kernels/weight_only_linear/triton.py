@@ -1,0 +1,75 @@
+"""Triton kernel of ``xf.weight_only_linear``: codes become numbers in registers, on their way to the tensor cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from xformopt.kernels.linear_activation.triton import refusal
+from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, rows_of, tiles
+
+__all__ = ["KERNEL"]
+
+_BITS = (4, 8)
+# what a step of tensor cores takes
+_LEAST = 16
+_MOST = 64
+
+
+def _step(size: int) -> int:
+    """Return how many input channels are taken at once: a power of two that divides a group."""
+    return min(_MOST, size & -size)
+
+
+def _accepts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    bits: int,
+) -> Verdict:
+    if bits not in _BITS:
+        return f"its codes have {bits} bits, not 4 or 8"
+    if verdict := refusal(x, weight, scale, bias):
+        return verdict
+    size: Any = x.shape[-1] // weight.shape[1]
+    if _step(size) < _LEAST:
+        return f"its groups have {size} channels, which {_LEAST} does not divide"
+    return None
+
+
+def _plan(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    bits: int,
+) -> Plan:
+    from xformopt.kernels.triton_matmul import packed_linear
+
+    lines, (outputs, groups, _), inputs = rows_of(x, x.shape[-1]), weight.shape, x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], outputs)
+    size = inputs // groups
+    # few rows: the weights are what takes time, and many programs read them
+    block = {"M": 16 if _is_few(lines.shape[0]) else 64, "N": 64, "K": _step(size)}
+    arguments = {
+        **{"x": lines, "weight": weight.contiguous(), "scale": scale.contiguous()},
+        **{"zero": None if zero is None else zero.contiguous(), "bias": bias, "out": out},
+        **{"rows": lines.shape[0], "outputs": outputs, "inputs": inputs, "x_row": lines.stride(0)},
+        "zero_row": 0 if zero is None else zero.shape[1],
+    }
+    grid = (tiles(lines.shape[0], block["M"]) * tiles(outputs, block["N"]),)
+    constants = {"BITS": bits, "SIZE": size, **block}
+    return Plan((Launch(packed_linear, grid, arguments, constants, 4, 3),), out)
+
+
+def _is_few(rows: Any) -> bool:
+    return isinstance(rows, int) and rows <= _LEAST
+
+
+KERNEL = Kernel(_plan, _accepts)

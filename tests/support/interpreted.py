@@ -1,0 +1,81 @@
+"""Runs Triton kernels on the processor: results are written over NaN, and compared with the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from xformopt.kernels.definition import load_operators
+from xformopt.kernels.triton_form import load_kernels
+
+__all__ = ["TOLERANCE", "assert_kernel", "computed", "randn", "relative"]
+
+_patch_tensor = interpreter._patch_lang_tensor
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+    """Bounds of loops are arrays of one element, which Triton 3.6 makes integers and NumPy 2.4 refuses to."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """The interpreter holds bfloat16 as its bits, and Triton 3.6 multiplies those: widen them first, which is exact."""
+    a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return _dot(self, a, b, *rest)
+
+
+interpreter._patch_lang_tensor = _patch_tensor_and_index
+interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
+
+# relative L2 against float64
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    """Numbers that depend on the shape alone."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * scale).to(dtype)
+
+
+def relative(ours: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative L2 distance; the absolute one where nothing but zeros is wanted."""
+    size = wanted.double().norm()
+    return float((ours.double() - wanted.double()).norm() / (size if size > 0 else 1.0))
+
+
+def computed(name: str, *operands: Any, **options: Any) -> Any:
+    """What the kernel of an operator computes, into tensors that were NaN."""
+    assert triton.knobs.runtime.interpret
+    kernel = load_kernels()[name]
+    assert kernel.accepts(*operands, **options) is None
+    plan = kernel.plan(*operands, **options)
+    results = plan.result if isinstance(plan.result, tuple) else (plan.result,)
+    for tensor in (*results, *plan.scratch):
+        tensor.fill_(float("nan"))
+    # what is infinite is so on a GPU too, without a warning
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return plan.run()
+
+
+def assert_kernel(name: str, *operands: Any, tolerance: float | None = None, **options: Any) -> Any:
+    """Compare with the definition in float64; returns what the kernel computed."""
+    ours = computed(name, *operands, **options)
+    exact = [_in_double(x) for x in operands]
+    keywords = {n: _in_double(x) for n, x in options.items()}
+    wanted = load_operators()[name].reference(*exact, **keywords)
+    pairs = zip(ours, wanted, strict=True) if isinstance(wanted, tuple) else [(ours, wanted)]
+    for found, expected in pairs:
+        assert found.shape == expected.shape
+        assert found.isfinite().all()
+        assert relative(found, expected) <= (tolerance or TOLERANCE[found.dtype])
+    return ours
+
+
+def _in_double(x: Any) -> Any:
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
