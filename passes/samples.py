@@ -46,7 +46,7 @@ def sample_rows(
     return {name: _joined(parts, rows) for name, parts in kept.items()}
 
 
-def _joined(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+def _joined(parts: list[torch.Tensor], rows: int) -> torch.Tensor:
     if len({part.shape[1] for part in parts}) == 1:
         return torch.cat(parts)[:rows]
     return torch.cat([part.reshape(-1, 1) for part in parts])
