@@ -11,7 +11,8 @@ import torch
 from xformopt.kernels.activation.reference import FUNCTIONS
 from xformopt.kernels.attention.reference import attention as reference_attention
 from xformopt.kernels.attention.tvm import Sizes, attention
-from xformopt.kernels.linear.tvm import Tile, matmul, pack
+from xformopt.kernels.linear.tvm import matmul, pack
+from xformopt.kernels.tvm_form import Tile
 from xformopt.kernels.tvm_math import FUNCTIONS as TVM_FUNCTIONS
 
 tvm = pytest.importorskip("tvm")
@@ -30,7 +31,7 @@ def test_matmul(function: str | None, rng: torch.Generator) -> None:
     rows, inner, columns = 9, 13, 21
     x, w, bias = (torch.randn(shape, generator=rng) * 2 for shape in ((rows, inner), (columns, inner), (columns,)))
     tile = Tile(4, 8)
-    kernel = matmul(rows, inner, columns, tile, has_bias=True, function=function)
+    kernel = matmul((rows, inner), (rows, columns), tile, has_bias=True, function=function)
     found = run(kernel, (rows, columns), x.numpy(), pack(w.numpy(), tile.columns), bias.numpy())
     expected = torch.nn.functional.linear(x, w, bias)
     expected = FUNCTIONS[function](expected) if function else expected
@@ -39,7 +40,7 @@ def test_matmul(function: str | None, rng: torch.Generator) -> None:
 
 def test_matmul_without_bias_in_tiles_that_fit(rng: torch.Generator) -> None:
     x, w = torch.randn(8, 5, generator=rng), torch.randn(16, 5, generator=rng)
-    found = run(matmul(8, 5, 16, Tile(4, 8), has_bias=False, function=None), (8, 16), x.numpy(), pack(w.numpy(), 8))
+    found = run(matmul((8, 5), (8, 16), Tile(4, 8), has_bias=False, function=None), (8, 16), x.numpy(), pack(w.numpy(), 8))
     np.testing.assert_allclose(found, (x @ w.T).numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -71,7 +72,7 @@ def test_attention(options: dict[str, Any], rng: torch.Generator) -> None:
     hiding = {name: settings[name] for name in ("causal", "window_left", "window_right", "kv_heads")}
     expected = reference_attention(q, k, v, mask if sizes.has_mask else None, heads=4, scale=0.45, **hiding)
     operands = [q.numpy(), k.numpy(), v.numpy(), *([mask.numpy()] if sizes.has_mask else [])]
-    found = run(attention(sizes), (2, 7, 12), *operands)
+    found = run(attention(sizes, Tile(4, 8)), (2, 7, 12), *operands)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
     if sizes.has_mask:
         assert not found[1].any()

@@ -48,6 +48,7 @@ def test_kernels_took_what_they_can(folder: Path) -> None:
     manifest = json.loads((folder / "artifact.json").read_text())
     assert manifest["forms"] == {
         "attention": {"kernel": 1},
+        "layer_norm": {"kernel": 1},
         "linear": {"kernel": 3},
         "linear_activation": {"kernel": 1},
     }

@@ -62,9 +62,9 @@ def import_traced(traced: Traced, machine: Machine) -> Imported:
                     continue
                 kernel = kernel_of(operator.name)
                 assert kernel is not None
-                shape = tuple(int(size) for size in node.meta["val"].shape)
+                first, *others = _shapes_of(node)
                 arguments = arguments_of(operator, node.args, node.kwargs)
-                environment[node] = kernel.emit(builder, TvmNode(operator.name, arguments, shape))
+                environment[node] = kernel.emit(builder, TvmNode(operator.name, arguments, first, tuple(others)))
                 kernels[operator.name] = kernels.get(operator.name, 0) + 1
             outputs = traced.graph.output_node().args[0]
             assert isinstance(outputs, tuple)
@@ -73,6 +73,12 @@ def import_traced(traced: Traced, machine: Machine) -> Imported:
         taken = [*environment.taken, *builder.packed.values()]
         blocks.emit_func_output(result, params=[*inputs, *(variable for variable, _ in taken)])
     return Imported(blocks.get(), tuple(array for _, array in taken), kernels)
+
+
+def _shapes_of(node: fx.Node) -> list[tuple[int, ...]]:
+    value = node.meta["val"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [tuple(int(size) for size in each.shape) for each in values]
 
 
 def _check_known(traced: Traced, known: Any) -> None:

@@ -1,0 +1,77 @@
+"""Functions for TVM written as the loops they run: threads outside, registers inside, no block to schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = ["add_tile", "fill", "flat", "lane_sums", "room", "starts", "write_function"]
+
+# an operand: name, shape, dtype
+Operand = tuple[str, Sequence[int], str]
+
+
+def write_function(operands: Sequence[Operand], body: Callable[..., None]) -> Any:
+    """Return the function of ``operands``, results last, whose loops ``body`` opens when called with their buffers."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.script.ir_builder import tirx as T
+
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name("main")
+            body(*(T.arg(name, T.buffer(tuple(shape), dtype)) for name, shape, dtype in operands))
+    return builder.get()
+
+
+def flat(buffer: Any, shape: Sequence[int]) -> Any:
+    """Return ``buffer`` to be read and written under another shape; nothing is moved."""
+    from tvm.script.ir_builder import tirx as T
+
+    return T.buffer_proxy(T.decl_buffer(tuple(shape), buffer.dtype, data=buffer.data))
+
+
+def room(shape: Sequence[int], *, registers: bool = False) -> Any:
+    """Return memory of the thread's own; in ``registers`` where loops over it are unrolled and vectorized."""
+    from tvm.script.ir_builder import tirx as T
+
+    return T.buffer_proxy(T.alloc_buffer(tuple(shape), "float32", scope="local" if registers else "global"))
+
+
+def starts(step: int, size: int, total: int) -> Any:
+    """Return where the ``step``-th part of ``size`` of ``total`` begins; the last one overlaps its neighbour.
+
+    What lies in both is computed twice and written twice, with the same value: so no part is cut.
+    """
+    from tvm import tirx
+
+    return tirx.min(step * size, total - size) if total % size else step * size
+
+
+def fill(tile: Any, rows: int, columns: int, value: float) -> None:
+    """Set every number of ``tile``."""
+    from tvm.script.ir_builder import tirx as T
+
+    with T.unroll(0, rows) as i:
+        with T.vectorized(0, columns) as j:
+            tile[i, j] = T.float32(value)
+
+
+def add_tile(tile: Any, rows: int, columns: int, left: Callable[[Any], Any], right: Callable[[Any], Any]) -> None:
+    """Add one step of a product: ``tile[i, j] += left(i) * right(j)``."""
+    from tvm.script.ir_builder import tirx as T
+
+    with T.unroll(0, rows) as i:
+        with T.vectorized(0, columns) as j:
+            tile[i, j] = tile[i, j] + left(i) * right(j)
+
+
+def lane_sums(lanes: Any, row: Any, width: int, join: Callable[[Any, Any], Any]) -> Any:
+    """Join ``lanes[row, :width]`` by halves into ``lanes[row, 0]``, and return that."""
+    from tvm.script.ir_builder import tirx as T
+
+    while width > 1:
+        half = (width + 1) // 2
+        with T.vectorized(0, width - half) as j:
+            lanes[row, j] = join(lanes[row, j], lanes[row, j + half])
+        width = half
+    return lanes[row, 0]
