@@ -57,7 +57,7 @@ class Tile:
         """Return the tile to take unmeasured: two vectors wide, and as high as leaves few rows to compute twice."""
         highest = (machine.registers - 4) // 2
         heights = range(min(4, rows), min(rows, highest) + 1)
-        height = min(heights, key=lambda height: (-(-rows // height) * height / rows * (1 + 0.4 / height)))
+        height = min(heights, key=lambda height: -(-rows // height) * height / rows * (1 + 0.4 / height))
         return Tile.fitted(height, 2 * machine.lanes, rows, columns)
 
     def waste(self, rows: int, columns: int) -> float:
@@ -153,9 +153,7 @@ class Builder:
         self.trials.setdefault(name, Trial(make, default, tuple(tile for tile in others if tile != default)))
         return self.tiles.get(name, default)
 
-    def call(
-        self, name: str, make: Callable[[], Any], operands: list[Value], *shapes: tuple[int, ...]
-    ) -> Value:
+    def call(self, name: str, make: Callable[[], Any], operands: list[Value], *shapes: tuple[int, ...]) -> Value:
         """Call the function named ``name`` on ``operands``; ``make`` writes it when the name is new.
 
         The function is written to the end: nothing is fused into it, and no default schedule applied.  It returns one

@@ -14,27 +14,29 @@ Operand = tuple[str, Sequence[int], str]
 def write_function(operands: Sequence[Operand], body: Callable[..., None]) -> Any:
     """Return the function of ``operands``, results last, whose loops ``body`` opens when called with their buffers."""
     from tvm.script.ir_builder import IRBuilder
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name("main")
-            body(*(T.arg(name, T.buffer(tuple(shape), dtype)) for name, shape, dtype in operands))
+    with IRBuilder() as builder, ir.prim_func():
+        ir.func_name("main")
+        buffers = [ir.arg(name, ir.buffer(tuple(shape), dtype)) for name, shape, dtype in operands]
+        # TVM looks into functions of one operand for a reshape in disguise, and takes for granted that they are a block
+        with ir.sblock("root"):
+            body(*buffers)
     return builder.get()
 
 
 def flat(buffer: Any, shape: Sequence[int]) -> Any:
     """Return ``buffer`` to be read and written under another shape; nothing is moved."""
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
-    return T.buffer_proxy(T.decl_buffer(tuple(shape), buffer.dtype, data=buffer.data))
+    return ir.buffer_proxy(ir.decl_buffer(tuple(shape), buffer.dtype, data=buffer.data))
 
 
 def room(shape: Sequence[int], *, registers: bool = False) -> Any:
     """Return memory of the thread's own; in ``registers`` where loops over it are unrolled and vectorized."""
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
-    return T.buffer_proxy(T.alloc_buffer(tuple(shape), "float32", scope="local" if registers else "global"))
+    return ir.buffer_proxy(ir.alloc_buffer(tuple(shape), "float32", scope="local" if registers else "global"))
 
 
 def starts(step: int, size: int, total: int) -> Any:
@@ -49,29 +51,27 @@ def starts(step: int, size: int, total: int) -> Any:
 
 def fill(tile: Any, rows: int, columns: int, value: float) -> None:
     """Set every number of ``tile``."""
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
-    with T.unroll(0, rows) as i:
-        with T.vectorized(0, columns) as j:
-            tile[i, j] = T.float32(value)
+    with ir.unroll(0, rows) as i, ir.vectorized(0, columns) as j:
+        tile[i, j] = ir.float32(value)
 
 
 def add_tile(tile: Any, rows: int, columns: int, left: Callable[[Any], Any], right: Callable[[Any], Any]) -> None:
     """Add one step of a product: ``tile[i, j] += left(i) * right(j)``."""
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
-    with T.unroll(0, rows) as i:
-        with T.vectorized(0, columns) as j:
-            tile[i, j] = tile[i, j] + left(i) * right(j)
+    with ir.unroll(0, rows) as i, ir.vectorized(0, columns) as j:
+        tile[i, j] = tile[i, j] + left(i) * right(j)
 
 
 def lane_sums(lanes: Any, row: Any, width: int, join: Callable[[Any, Any], Any]) -> Any:
     """Join ``lanes[row, :width]`` by halves into ``lanes[row, 0]``, and return that."""
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
     while width > 1:
         half = (width + 1) // 2
-        with T.vectorized(0, width - half) as j:
+        with ir.vectorized(0, width - half) as j:
             lanes[row, j] = join(lanes[row, j], lanes[row, j + half])
         width = half
     return lanes[row, 0]

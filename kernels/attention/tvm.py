@@ -85,37 +85,36 @@ def _emit(b: Builder, node: TvmNode) -> Any:
 def attention(sizes: Sizes, tile: Tile) -> Any:
     """Return the function of q ``[B, T, heads D]``, k ``[B, S, kv_heads D]``, v ``[B, S, kv_heads E]`` and the mask.
 
-    Keys are laid out anew first, ``[B kv_heads, panels, D, columns]``, so that logits are computed along the keys.  Then
+    Keys are laid out anew, ``[B kv_heads, panels, D, columns]``, so that logits are computed along the keys.  Then
     each task takes ``tile.rows`` queries of one head from logits to outputs; its logits, ``[rows, S]``, stay in the
     cache.  A query that sees no key gets zeros.
     """
     from tvm import tirx
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
     B, S, H, D, E = sizes.B, sizes.S, sizes.heads, sizes.D, sizes.E
     panels, stripes = -(-S // tile.columns), -(-sizes.T // tile.rows)
 
     def body(*buffers: Any) -> None:
-        q, k, v = (T.buffer_proxy(buffer) for buffer in buffers[:3])
-        mask, y = T.buffer_proxy(buffers[3]) if sizes.has_mask else None, T.buffer_proxy(buffers[-1])
+        q, k, v = (ir.buffer_proxy(buffer) for buffer in buffers[:3])
+        mask, y = ir.buffer_proxy(buffers[3]) if sizes.has_mask else None, ir.buffer_proxy(buffers[-1])
         keys = room((B * sizes.kv_heads, panels, D, tile.columns))
-        with T.parallel(0, B * sizes.kv_heads * panels) as part:
+        with ir.parallel(0, B * sizes.kv_heads * panels) as part:
             head, panel = part // panels, part % panels
-            with T.serial(0, D) as d:
-                with T.vectorized(0, tile.columns) as j:
-                    s = tirx.min(panel * tile.columns + j, S - 1)
-                    keys[head, panel, d, j] = k[head // sizes.kv_heads, s, head % sizes.kv_heads * D + d]
-        with T.parallel(0, B * H * stripes) as task:
+            with ir.serial(0, D) as d, ir.vectorized(0, tile.columns) as j:
+                s = tirx.min(panel * tile.columns + j, S - 1)
+                keys[head, panel, d, j] = k[head // sizes.kv_heads, s, head % sizes.kv_heads * D + d]
+        with ir.parallel(0, B * H * stripes) as task:
             batch, head = task // (H * stripes), task // stripes % H
             shared = head // (H // sizes.kv_heads)
             row = starts(task % stripes, tile.rows, sizes.T)
             weights = room((tile.rows, panels * tile.columns))
             peaks = room((tile.rows, tile.columns))
             fill(peaks, tile.rows, tile.columns, 2 * _HIDDEN)
-            with T.serial(0, panels) as panel:
+            with ir.serial(0, panels) as panel:
                 sums = room((tile.rows, tile.columns), registers=True)
                 fill(sums, tile.rows, tile.columns, 0.0)
-                with T.serial(0, D) as d:
+                with ir.serial(0, D) as d:
                     add_tile(
                         sums,
                         tile.rows,
@@ -123,40 +122,37 @@ def attention(sizes: Sizes, tile: Tile) -> Any:
                         lambda i: q[batch, row + i, head * D + d],
                         lambda j: keys[batch * sizes.kv_heads + shared, panel, d, j],
                     )
-                with T.unroll(0, tile.rows) as i:
-                    with T.vectorized(0, tile.columns) as j:
-                        s = panel * tile.columns + j
-                        kept = None if mask is None else mask[batch, tirx.min(s, S - 1)]
-                        logit = sums[i, j] * T.float32(sizes.scale)
-                        for visible in _conditions(sizes, kept, row + i, s, tile.columns):
-                            logit = tirx.Select(visible, logit, T.float32(_HIDDEN))
-                        weights[i, s] = logit
-                        peaks[i, j] = tirx.max(peaks[i, j], logit)
+                with ir.unroll(0, tile.rows) as i, ir.vectorized(0, tile.columns) as j:
+                    s = panel * tile.columns + j
+                    kept = None if mask is None else mask[batch, tirx.min(s, S - 1)]
+                    logit = sums[i, j] * ir.float32(sizes.scale)
+                    for visible in _conditions(sizes, kept, row + i, s, tile.columns):
+                        logit = tirx.Select(visible, logit, ir.float32(_HIDDEN))
+                    weights[i, s] = logit
+                    peaks[i, j] = tirx.max(peaks[i, j], logit)
             totals = room((tile.rows, tile.columns))
             fill(totals, tile.rows, tile.columns, 0.0)
-            with T.serial(0, tile.rows) as i:
+            with ir.serial(0, tile.rows) as i:
                 peak = lane_sums(peaks, i, tile.columns, tirx.max)
-                with T.serial(0, panels) as panel:
-                    with T.vectorized(0, tile.columns) as j:
-                        s = panel * tile.columns + j
-                        # where every key is hidden the difference is 0, and the weight must not be 1
-                        weight = exp(weights[i, s] - peak)
-                        weights[i, s] = tirx.Select(weights[i, s] > T.float32(_HIDDEN), weight, T.float32(0.0))
-                        totals[i, j] = totals[i, j] + weights[i, s]
+                with ir.serial(0, panels) as panel, ir.vectorized(0, tile.columns) as j:
+                    s = panel * tile.columns + j
+                    # where every key is hidden the difference is 0, and the weight must not be 1
+                    weight = exp(weights[i, s] - peak)
+                    weights[i, s] = tirx.Select(weights[i, s] > ir.float32(_HIDDEN), weight, ir.float32(0.0))
+                    totals[i, j] = totals[i, j] + weights[i, s]
                 lane_sums(totals, i, tile.columns, lambda a, b: a + b)
-                totals[i, 0] = T.float32(1.0) / tirx.max(totals[i, 0], T.float32(1e-30))
+                totals[i, 0] = ir.float32(1.0) / tirx.max(totals[i, 0], ir.float32(1e-30))
             width = min(tile.columns, E)
-            with T.serial(0, -(-E // width)) as part:
+            with ir.serial(0, -(-E // width)) as part:
                 column = starts(part, width, E)
                 means = room((tile.rows, width), registers=True)
                 fill(means, tile.rows, width, 0.0)
-                with T.serial(0, S) as s:
+                with ir.serial(0, S) as s:
                     add_tile(
                         means, tile.rows, width, lambda i: weights[i, s], lambda j: v[batch, s, shared * E + column + j]
                     )
-                with T.unroll(0, tile.rows) as i:
-                    with T.vectorized(0, width) as j:
-                        y[batch, row + i, head * E + column + j] = means[i, j] * totals[i, 0]
+                with ir.unroll(0, tile.rows) as i, ir.vectorized(0, width) as j:
+                    y[batch, row + i, head * E + column + j] = means[i, j] * totals[i, 0]
 
     return write_function(_operands(sizes), body)
 

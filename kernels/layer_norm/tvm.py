@@ -32,9 +32,7 @@ def emit(b: Builder, node: TvmNode) -> Any:
     sizes = [*node.shape, groups, f"{eps:.3g}".translate({ord("."): "p", ord("-"): "m", ord("+"): ""})]
     name = "_".join(["add_layer_norm" if has["has_residual"] else "layer_norm", *map(str, sizes), *names[1:]])
     operands = [b.value(given[name]) for name in names]
-    return b.call(
-        name, lambda: layer_norm(node.shape, groups, eps, **has), operands, node.shape, *node.other_shapes
-    )
+    return b.call(name, lambda: layer_norm(node.shape, groups, eps, **has), operands, node.shape, *node.other_shapes)
 
 
 def layer_norm(
@@ -45,7 +43,7 @@ def layer_norm(
     With a residual it has two results: the norm of the sum, and the sum.
     """
     from tvm import tirx
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
     width = shape[-1] // groups
     rows = int(np.prod(shape)) // width
@@ -55,33 +53,30 @@ def layer_norm(
         given = list(buffers)
         x = flat(given.pop(0), (rows, width))
         residual = flat(given.pop(0), (rows, width)) if has_residual else None
-        weight = T.buffer_proxy(given.pop(0)) if has_weight else None
-        bias = T.buffer_proxy(given.pop(0)) if has_bias else None
+        weight = ir.buffer_proxy(given.pop(0)) if has_weight else None
+        bias = ir.buffer_proxy(given.pop(0)) if has_bias else None
         y = flat(given.pop(0), (rows, width))
         kept = flat(given.pop(0), (rows, width)) if has_residual else x
-        with T.parallel(0, rows) as row:
+        with ir.parallel(0, rows) as row:
             sums = room((2, lanes))
             fill(sums, 2, lanes, 0.0)
-            with T.serial(0, width // lanes) as part:
-                with T.vectorized(0, lanes) as j:
-                    c = part * lanes + j
-                    if residual is not None:
-                        kept[row, c] = x[row, c] + residual[row, c]
-                    sums[0, j] = sums[0, j] + kept[row, c]
+            with ir.serial(0, width // lanes) as part, ir.vectorized(0, lanes) as j:
+                c = part * lanes + j
+                if residual is not None:
+                    kept[row, c] = x[row, c] + residual[row, c]
+                sums[0, j] = sums[0, j] + kept[row, c]
             lane_sums(sums, 0, lanes, lambda a, b: a + b)
-            sums[0, 0] = sums[0, 0] / T.float32(width)
-            with T.serial(0, width // lanes) as part:
-                with T.vectorized(0, lanes) as j:
-                    difference = kept[row, part * lanes + j] - sums[0, 0]
-                    sums[1, j] = sums[1, j] + difference * difference
+            sums[0, 0] = sums[0, 0] / ir.float32(width)
+            with ir.serial(0, width // lanes) as part, ir.vectorized(0, lanes) as j:
+                difference = kept[row, part * lanes + j] - sums[0, 0]
+                sums[1, j] = sums[1, j] + difference * difference
             lane_sums(sums, 1, lanes, lambda a, b: a + b)
-            sums[1, 0] = T.float32(1.0) / tirx.sqrt(sums[1, 0] / T.float32(width) + T.float32(eps))
-            with T.serial(0, width // lanes) as part:
-                with T.vectorized(0, lanes) as j:
-                    c = part * lanes + j
-                    value = (kept[row, c] - sums[0, 0]) * sums[1, 0]
-                    value = value if weight is None else value * weight[c]
-                    y[row, c] = value if bias is None else value + bias[c]
+            sums[1, 0] = ir.float32(1.0) / tirx.sqrt(sums[1, 0] / ir.float32(width) + ir.float32(eps))
+            with ir.serial(0, width // lanes) as part, ir.vectorized(0, lanes) as j:
+                c = part * lanes + j
+                value = (kept[row, c] - sums[0, 0]) * sums[1, 0]
+                value = value if weight is None else value * weight[c]
+                y[row, c] = value if bias is None else value + bias[c]
 
     operands = [
         *((name, shape, "float32") for name in ("x", *(["residual"] if has_residual else []))),

@@ -26,7 +26,13 @@ def emit(b: Builder, node: TvmNode) -> Any:
     """Emit the product over all positions as one matrix."""
     given = node.arguments
     return emit_product(
-        b, b.value(given["x"]), node.shape_of("x"), given["weight"], given.get("bias"), node.shape, given.get("function")
+        b,
+        b.value(given["x"]),
+        node.shape_of("x"),
+        given["weight"],
+        given.get("bias"),
+        node.shape,
+        given.get("function"),
     )
 
 
@@ -85,7 +91,7 @@ def _packed(b: Builder, weight: Any, tile: Tile) -> Any:
 
 
 def pack(weight: np.ndarray, width: int) -> np.ndarray:
-    """Return a weight ``[O, I]`` as panels ``[ceil(O / width), I, width]``; the last one begins where it must to fit."""
+    """Return a weight ``[O, I]`` as panels ``[ceil(O / width), I, width]``; the last begins where it fits."""
     rows = len(weight)
     first = [min(start, rows - width) for start in range(0, rows, width)]
     return np.stack([np.ascontiguousarray(weight[start : start + width].T) for start in first])
@@ -99,25 +105,34 @@ def matmul(
     Threads take tiles panel by panel; in a tile each step of the sum adds one row of the panel to all sums, which stay
     in registers until bias and activation are done.
     """
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
     inner, columns = x_shape[-1], shape[-1]
     rows = int(np.prod(shape[:-1]))
     panels, stripes = -(-columns // tile.columns), -(-rows // tile.rows)
 
     def body(*buffers: Any) -> None:
-        x, w, y = flat(buffers[0], (rows, inner)), T.buffer_proxy(buffers[1]), flat(buffers[-1], (rows, columns))
-        with T.parallel(0, panels * stripes) as task:
+        x, w, y = flat(buffers[0], (rows, inner)), ir.buffer_proxy(buffers[1]), flat(buffers[-1], (rows, columns))
+        bias = ir.buffer_proxy(buffers[2]) if has_bias else None
+        with ir.parallel(0, panels * stripes) as task:
             panel = task // stripes
             row, column = starts(task % stripes, tile.rows, rows), starts(panel, tile.columns, columns)
             sums = room((tile.rows, tile.columns), registers=True)
             fill(sums, tile.rows, tile.columns, 0.0)
-            with T.serial(0, inner) as k:
+            with ir.serial(0, inner) as k:
                 add_tile(sums, tile.rows, tile.columns, lambda i: x[row + i, k], lambda j: w[panel, k, j])
-            with T.unroll(0, tile.rows) as i:
-                with T.vectorized(0, tile.columns) as j:
-                    value = sums[i, j] + T.buffer_proxy(buffers[2])[column + j] if has_bias else sums[i, j]
-                    y[row + i, column + j] = FUNCTIONS[function](value) if function else value
+            # an activation needs many registers: row by row once those of the sums are free again, and not in y itself,
+            # where another thread may be writing what tiles have in common
+            held = room((tile.rows, tile.columns)) if function else None
+            with ir.unroll(0, tile.rows) as i, ir.vectorized(0, tile.columns) as j:
+                value = sums[i, j] if bias is None else sums[i, j] + bias[column + j]
+                if held is None:
+                    y[row + i, column + j] = value
+                else:
+                    held[i, j] = value
+            if held is not None and function is not None:
+                with ir.serial(0, tile.rows) as i, ir.vectorized(0, tile.columns) as j:
+                    y[row + i, column + j] = FUNCTIONS[function](held[i, j])
 
     operands = [
         ("x", x_shape, "float32"),
@@ -130,21 +145,17 @@ def matmul(
 
 def _pack_function(rows: int, inner: list[int], tile: Tile) -> Any:
     """Return the function that packs a weight the graph computes."""
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
     size, width = int(np.prod(inner)), tile.columns
     panels = -(-rows // width)
 
     def body(weight: Any, packed: Any) -> None:
-        weight, packed = flat(weight, (rows, size)), T.buffer_proxy(packed)
-        with T.parallel(0, panels) as panel:
-            with T.serial(0, size) as k:
-                with T.serial(0, width) as j:
-                    packed[panel, k, j] = weight[starts(panel, width, rows) + j, k]
+        weight, packed = flat(weight, (rows, size)), ir.buffer_proxy(packed)
+        with ir.parallel(0, panels) as panel, ir.serial(0, size) as k, ir.serial(0, width) as j:
+            packed[panel, k, j] = weight[starts(panel, width, rows) + j, k]
 
-    return write_function(
-        [("weight", (rows, *inner), "float32"), ("packed", (panels, size, width), "float32")], body
-    )
+    return write_function([("weight", (rows, *inner), "float32"), ("packed", (panels, size, width), "float32")], body)
 
 
 KERNEL = Kernel(emit, accepts)

@@ -29,25 +29,22 @@ def _emit(b: Builder, node: TvmNode) -> Any:
 
 def patches(image_shape: tuple[int, ...], patch: tuple[int, ...]) -> Any:
     """Return the function that lays an image ``[B, C, H, W]`` out as ``[B, patches, C height width]``."""
-    from tvm.script.ir_builder import tirx as T
+    from tvm.script.ir_builder import tirx as ir
 
     batch, channels, *size = image_shape
     height, width = patch
     down, across = size[0] // height, size[1] // width
 
     def body(image: Any, rows: Any) -> None:
-        image, rows = T.buffer_proxy(image), T.buffer_proxy(rows)
-        with T.parallel(0, batch * down * across) as task:
+        image, rows = ir.buffer_proxy(image), ir.buffer_proxy(rows)
+        with ir.parallel(0, batch * down * across) as task:
             n, place = task // (down * across), task % (down * across)
-            with T.serial(0, channels * height) as line:
-                with T.vectorized(0, width) as j:
-                    top, left = place // across * height, place % across * width
-                    rows[n, place, line * width + j] = image[n, line // height, top + line % height, left + j]
+            with ir.serial(0, channels * height) as line, ir.vectorized(0, width) as j:
+                top, left = place // across * height, place % across * width
+                rows[n, place, line * width + j] = image[n, line // height, top + line % height, left + j]
 
     inner = channels * height * width
-    return write_function(
-        [("image", image_shape, "float32"), ("rows", (batch, down * across, inner), "float32")], body
-    )
+    return write_function([("image", image_shape, "float32"), ("rows", (batch, down * across, inner), "float32")], body)
 
 
 KERNEL = Kernel(_emit, _accepts)

@@ -40,7 +40,9 @@ def test_matmul(function: str | None, rng: torch.Generator) -> None:
 
 def test_matmul_without_bias_in_tiles_that_fit(rng: torch.Generator) -> None:
     x, w = torch.randn(8, 5, generator=rng), torch.randn(16, 5, generator=rng)
-    found = run(matmul((8, 5), (8, 16), Tile(4, 8), has_bias=False, function=None), (8, 16), x.numpy(), pack(w.numpy(), 8))
+    found = run(
+        matmul((8, 5), (8, 16), Tile(4, 8), has_bias=False, function=None), (8, 16), x.numpy(), pack(w.numpy(), 8)
+    )
     np.testing.assert_allclose(found, (x @ w.T).numpy(), rtol=1e-5, atol=1e-5)
 
 

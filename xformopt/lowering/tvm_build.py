@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ import torch
 
 from xformopt.errors import LoweringError
 from xformopt.kernels.tvm_form import Machine
+from xformopt.lowering.manifest import TuningRecord
 from xformopt.lowering.tvm_import import import_traced
 from xformopt.lowering.tvm_schedule import schedule_module
 from xformopt.lowering.tvm_session import require_tvm
 from xformopt.lowering.tvm_trace import trace
+from xformopt.lowering.tvm_tuning import Tiling
 from xformopt.measure.machine import describe_machine
 from xformopt.program import Program
 
-__all__ = ["MODEL", "TVM_TARGETS", "check_toolchain", "write_library"]
+__all__ = ["MODEL", "TVM_TARGETS", "Written", "check_toolchain", "write_library"]
 
 MODEL = "model.so"
 
@@ -59,8 +61,30 @@ def check_toolchain(target: str) -> None:
         )
 
 
-def write_library(program: Program, inputs: Mapping[str, torch.Tensor], target: str, folder: Path) -> dict[str, int]:
-    """Compile ``program`` at the sizes of ``inputs`` and return how many nodes of each xf operator took a kernel.
+@dataclass(frozen=True)
+class Written:
+    """What a library was made of: how many nodes of each xf operator took a kernel, and how tiles were chosen."""
+
+    kernels: dict[str, int]
+    tuning: tuple[TuningRecord, ...] = ()
+
+
+def write_library(
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    target: str,
+    folder: Path,
+    choose: Callable[..., Tiling] | None = None,
+) -> Written:
+    """Compile ``program`` at the sizes of ``inputs``.
+
+    Args:
+        program: What to compile.
+        inputs: Named inputs; only their shapes matter.
+        target: One of ``TVM_TARGETS``.
+        folder: Where the library, its parameters and its signature go.
+        choose: Chooses tiles by measurement, from the functions that have a choice and what compiles one of them;
+            None takes the defaults.  For this machine alone: no other is here to be timed.
 
     Raises:
         LoweringError: an operator cannot be traced or is unknown to TVM, or TVM fails to compile the program.
@@ -70,10 +94,14 @@ def write_library(program: Program, inputs: Mapping[str, torch.Tensor], target: 
     from tvm import relax
 
     processor = TVM_TARGETS[target] or _this_processor()
-    imported = import_traced(trace(program, inputs), processor.machine)
-    llvm = {"kind": "llvm", "mcpu": processor.cpu} if processor.cpu else {"kind": "llvm"}
+    llvm = tvm.target.Target({"kind": "llvm", "mcpu": processor.cpu} if processor.cpu else {"kind": "llvm"})
+    traced = trace(program, inputs)
+    imported, tiling = import_traced(traced, processor.machine), Tiling({})
+    if choose is not None and TVM_TARGETS[target] is None:
+        tiling = choose(imported.trials, lambda function: _compiled(function, llvm))
+        imported = import_traced(traced, processor.machine, tiling.tiles)
     try:
-        executable = tvm.compile(imported.module, target=tvm.target.Target(llvm), relax_pipeline=_pipeline(relax))
+        executable = tvm.compile(imported.module, target=llvm, relax_pipeline=_pipeline(relax))
         executable.export_library(os.fspath(folder / MODEL))
     except Exception as error:
         raise LoweringError(
@@ -87,7 +115,14 @@ def write_library(program: Program, inputs: Mapping[str, torch.Tensor], target: 
         "outputs": list(program.output_names),
     }
     (folder / f"{MODEL}.json").write_text(json.dumps(signature, indent=1), encoding="utf-8")
-    return imported.kernels
+    return Written(imported.kernels, tiling.records)
+
+
+def _compiled(function: Any, target: Any) -> Any:
+    """Return one function ready to be called."""
+    import tvm
+
+    return tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target=target)["main"]
 
 
 def _this_processor() -> _Processor:
