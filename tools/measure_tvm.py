@@ -27,7 +27,8 @@ from reference_models import REFERENCE, dynamic_axes
 import xformopt as xo
 from xformopt.analysis import cost
 from xformopt.benchmark import BenchSettings, Candidate, run_bench
-from xformopt.lowering import Artifact, open_runner
+from xformopt.lowering import open_runner
+from xformopt.lowering.artifact import Artifact
 from xformopt.program import Program, example_sizes
 
 RESULT = Path(__file__).parent / "results" / "tvm.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,19 @@ def test_functions_of_other_sizes_have_other_names() -> None:
         Sizes(1, 9, 9, 4, 4, 6, 6, 0.4, False, False, 0, -1),
     ]
     assert len({plain.name, *(sizes.name for sizes in others)}) == 4
+
+
+def test_a_missing_cross_linker_names_its_package(encoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LoweringError, match=r"aarch64-linux-gnu-gcc.*package gcc-aarch64-linux-gnu on Debian"):
+        lower(encoder, "tvm-aarch64", sizes=SIZES)
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-gcc") is None, reason="needs the package gcc-aarch64-linux-gnu")
+def test_a_library_for_arm64_is_linked_and_not_run(encoder: Program, tmp_path: Path) -> None:
+    lower(encoder, "tvm-aarch64", sizes=SIZES).save(tmp_path / "artifact")
+    header = (tmp_path / "artifact" / "model.so").read_bytes()[:20]
+    # the machine field of an ELF header: 183 is AArch64
+    assert int.from_bytes(header[18:20], "little") == 183
+    with pytest.raises(ArtifactError, match="another processor"):
+        load(tmp_path / "artifact").run(**arrays_of(encoder, SIZES))

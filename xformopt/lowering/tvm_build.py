@@ -24,25 +24,46 @@ from xformopt.lowering.tvm_tuning import Tiling
 from xformopt.measure.machine import describe_machine
 from xformopt.program import Program
 
-__all__ = ["MODEL", "TVM_TARGETS", "Written", "check_toolchain", "write_library"]
+__all__ = ["MODEL", "TVM_TARGETS", "Written", "check_toolchain", "missing_linker", "runs_here", "write_library"]
 
 MODEL = "model.so"
 
 
 @dataclass(frozen=True)
 class _Processor:
-    """What is compiled for; ``cpu`` is LLVM's name, None that of this machine."""
+    """What is compiled for; ``cpu`` is LLVM's name.
 
-    cpu: str | None
+    ``triple`` is LLVM's name of another architecture, whose linker Debian's ``package`` brings.
+    """
+
+    cpu: str
     machine: Machine
+    triple: str | None = None
+    linker: str | None = None
+    package: str | None = None
 
 
 # AVX2: 16 registers of 8 numbers
 _X86_64_V3 = Machine(lanes=8, registers=16)
+# NEON: 32 registers of 4
+_NEON = Machine(lanes=4, registers=32)
 TVM_TARGETS: dict[str, _Processor | None] = {
     "tvm-cpu": None,
     "tvm-x86-64-v3": _Processor("x86-64-v3", _X86_64_V3),
+    # Raspberry Pi 5 is one, and Graviton 2's core is its sibling
+    "tvm-aarch64": _Processor(
+        "cortex-a76", _NEON, "aarch64-linux-gnu", "aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"
+    ),
 }
+
+
+def runs_here(target: str) -> bool:
+    """Return whether what ``target`` compiles to is of this machine's architecture."""
+    processor = TVM_TARGETS.get(target)
+    if processor is None:
+        return True
+    made_for = processor.triple.partition("-")[0] if processor.triple else "x86_64"
+    return made_for == describe_machine().architecture
 
 
 def check_toolchain(target: str) -> None:
@@ -54,11 +75,20 @@ def check_toolchain(target: str) -> None:
 
     """
     require_tvm(f"The target {target}")
+    if why_not := missing_linker(target):
+        raise LoweringError(f"The target {target} links a shared library, and {why_not}.")
+
+
+def missing_linker(target: str) -> str:
+    """Say which linker ``target`` lacks here, or nothing."""
+    processor = TVM_TARGETS[target]
+    if processor is not None and processor.linker is not None:
+        if shutil.which(processor.linker) is None:
+            return f"{processor.linker} was not found: install it (the package {processor.package} on Debian)"
+        return ""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise LoweringError(
-            f"The target {target} links a shared library, and no C++ compiler was found to do it: install g++ "
-            f"(the package g++ on Debian)."
-        )
+        return "no C++ compiler was found to do it: install g++ (the package g++ on Debian)"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -92,9 +122,11 @@ def write_library(
     """
     import tvm
     from tvm import relax
+    from tvm.support import cc
 
     processor = TVM_TARGETS[target] or _this_processor()
-    llvm = tvm.target.Target({"kind": "llvm", "mcpu": processor.cpu} if processor.cpu else {"kind": "llvm"})
+    triple = {"mtriple": processor.triple} if processor.triple else {}
+    llvm = tvm.target.Target({"kind": "llvm", "mcpu": processor.cpu, **triple})
     traced = trace(program, inputs)
     imported, tiling = import_traced(traced, processor.machine), Tiling({})
     if choose is not None and TVM_TARGETS[target] is None:
@@ -102,7 +134,8 @@ def write_library(
         imported = import_traced(traced, processor.machine, tiling.tiles)
     try:
         executable = tvm.compile(imported.module, target=llvm, relax_pipeline=_pipeline(relax))
-        executable.export_library(os.fspath(folder / MODEL))
+        linker = {"fcompile": cc.cross_compiler(processor.linker)} if processor.linker else {}
+        executable.export_library(os.fspath(folder / MODEL), **linker)
     except Exception as error:
         raise LoweringError(
             f"TVM {tvm.__version__} could not compile {program.name}: {' '.join(str(error).split())[-600:]} "
@@ -132,7 +165,7 @@ def _this_processor() -> _Processor:
     if "avx512f" in isa:
         machine = Machine(lanes=16, registers=32)
     elif "asimd" in isa:
-        machine = Machine(lanes=4, registers=32)
+        machine = _NEON
     else:
         machine = _X86_64_V3
     return _Processor(str(tvm.target.codegen.llvm_get_system_cpu()), machine)
