@@ -155,6 +155,7 @@ def _operands(function: Any) -> tuple[Any, ...]:
     import tvm
 
     generator, made = np.random.default_rng(0), []
+    array: np.ndarray
     for buffer in function.params:
         shape = [int(size) for size in buffer.shape]
         if str(buffer.dtype) == "bool":
