@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["add_tile", "fill", "flat", "lane_sums", "room", "starts", "write_function"]
+__all__ = ["add_tile", "fill", "flat", "lane_sums", "registers", "room", "starts", "write_function"]
 
 # an operand: name, shape, dtype
 Operand = tuple[str, Sequence[int], str]
@@ -32,11 +32,26 @@ def flat(buffer: Any, shape: Sequence[int]) -> Any:
     return ir.buffer_proxy(ir.decl_buffer(tuple(shape), buffer.dtype, data=buffer.data))
 
 
-def room(shape: Sequence[int], *, registers: bool = False) -> Any:
-    """Return memory of the thread's own; in ``registers`` where loops over it are unrolled and vectorized."""
+def room(shape: Sequence[int]) -> Any:
+    """Return memory of the thread's own."""
     from tvm.script.ir_builder import tirx as ir
 
-    return ir.buffer_proxy(ir.alloc_buffer(tuple(shape), "float32", scope="local" if registers else "global"))
+    return ir.buffer_proxy(ir.alloc_buffer(tuple(shape), "float32", scope="global"))
+
+
+def registers(rows: int, columns: int) -> list[Any]:
+    """Return a tile of zeros, row by row.
+
+    Each row is an array of its own, of the scope "global": LLVM keeps small arrays in registers, and TVM puts those
+    over 1 KiB, and all of the scope "local", on the heap, where every step of a sum would be stored.
+    """
+    from tvm.script.ir_builder import tirx as ir
+
+    tile = [ir.buffer_proxy(ir.alloc_buffer((columns,), "float32", scope="global")) for _ in range(rows)]
+    for row in tile:
+        with ir.vectorized(0, columns) as j:
+            row[j] = ir.float32(0.0)
+    return tile
 
 
 def starts(step: int, size: int, total: int) -> Any:
@@ -50,19 +65,20 @@ def starts(step: int, size: int, total: int) -> Any:
 
 
 def fill(tile: Any, rows: int, columns: int, value: float) -> None:
-    """Set every number of ``tile``."""
+    """Set every number of an array in memory."""
     from tvm.script.ir_builder import tirx as ir
 
     with ir.unroll(0, rows) as i, ir.vectorized(0, columns) as j:
         tile[i, j] = ir.float32(value)
 
 
-def add_tile(tile: Any, rows: int, columns: int, left: Callable[[Any], Any], right: Callable[[Any], Any]) -> None:
-    """Add one step of a product: ``tile[i, j] += left(i) * right(j)``."""
+def add_tile(tile: Sequence[Any], columns: int, left: Callable[[int], Any], right: Callable[[Any], Any]) -> None:
+    """Add one step of a product: ``tile[i][j] += left(i) * right(j)``."""
     from tvm.script.ir_builder import tirx as ir
 
-    with ir.unroll(0, rows) as i, ir.vectorized(0, columns) as j:
-        tile[i, j] = tile[i, j] + left(i) * right(j)
+    for i, row in enumerate(tile):
+        with ir.vectorized(0, columns) as j:
+            row[j] = row[j] + left(i) * right(j)
 
 
 def lane_sums(lanes: Any, row: Any, width: int, join: Callable[[Any, Any], Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xformopt.kernels.tvm_form import Builder, Kernel, Tile, TvmNode, Verdict
-from xformopt.kernels.tvm_loops import add_tile, fill, lane_sums, room, starts, write_function
+from xformopt.kernels.tvm_loops import add_tile, fill, lane_sums, registers, room, starts, write_function
 from xformopt.kernels.tvm_math import exp
 
 __all__ = ["KERNEL", "Sizes", "attention"]
@@ -112,24 +112,23 @@ def attention(sizes: Sizes, tile: Tile) -> Any:
             peaks = room((tile.rows, tile.columns))
             fill(peaks, tile.rows, tile.columns, 2 * _HIDDEN)
             with ir.serial(0, panels) as panel:
-                sums = room((tile.rows, tile.columns), registers=True)
-                fill(sums, tile.rows, tile.columns, 0.0)
+                sums = registers(tile.rows, tile.columns)
                 with ir.serial(0, D) as d:
                     add_tile(
                         sums,
-                        tile.rows,
                         tile.columns,
                         lambda i: q[batch, row + i, head * D + d],
                         lambda j: keys[batch * sizes.kv_heads + shared, panel, d, j],
                     )
-                with ir.unroll(0, tile.rows) as i, ir.vectorized(0, tile.columns) as j:
-                    s = panel * tile.columns + j
-                    kept = None if mask is None else mask[batch, tirx.min(s, S - 1)]
-                    logit = sums[i, j] * ir.float32(sizes.scale)
-                    for visible in _conditions(sizes, kept, row + i, s, tile.columns):
-                        logit = tirx.Select(visible, logit, ir.float32(_HIDDEN))
-                    weights[i, s] = logit
-                    peaks[i, j] = tirx.max(peaks[i, j], logit)
+                for i in range(tile.rows):
+                    with ir.vectorized(0, tile.columns) as j:
+                        s = panel * tile.columns + j
+                        kept = None if mask is None else mask[batch, tirx.min(s, S - 1)]
+                        logit = sums[i][j] * ir.float32(sizes.scale)
+                        for visible in _conditions(sizes, kept, row + i, s, tile.columns):
+                            logit = tirx.Select(visible, logit, ir.float32(_HIDDEN))
+                        weights[i, s] = logit
+                        peaks[i, j] = tirx.max(peaks[i, j], logit)
             totals = room((tile.rows, tile.columns))
             fill(totals, tile.rows, tile.columns, 0.0)
             with ir.serial(0, tile.rows) as i:
@@ -145,14 +144,12 @@ def attention(sizes: Sizes, tile: Tile) -> Any:
             width = min(tile.columns, E)
             with ir.serial(0, -(-E // width)) as part:
                 column = starts(part, width, E)
-                means = room((tile.rows, width), registers=True)
-                fill(means, tile.rows, width, 0.0)
+                means = registers(tile.rows, width)
                 with ir.serial(0, S) as s:
-                    add_tile(
-                        means, tile.rows, width, lambda i: weights[i, s], lambda j: v[batch, s, shared * E + column + j]
-                    )
-                with ir.unroll(0, tile.rows) as i, ir.vectorized(0, width) as j:
-                    y[batch, row + i, head * E + column + j] = means[i, j] * totals[i, 0]
+                    add_tile(means, width, lambda i: weights[i, s], lambda j: v[batch, s, shared * E + column + j])
+                for i in range(tile.rows):
+                    with ir.vectorized(0, width) as j:
+                        y[batch, row + i, head * E + column + j] = means[i][j] * totals[i, 0]
 
     return write_function(_operands(sizes), body)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from xformopt.kernels.tvm_form import Builder, Kernel, Tile, TvmNode, Verdict
-from xformopt.kernels.tvm_loops import add_tile, fill, flat, room, starts, write_function
+from xformopt.kernels.tvm_loops import add_tile, flat, registers, room, starts, write_function
 from xformopt.kernels.tvm_math import FUNCTIONS
 
 __all__ = ["KERNEL", "accepts", "emit", "emit_product", "matmul", "pack"]
@@ -117,19 +117,19 @@ def matmul(
         with ir.parallel(0, panels * stripes) as task:
             panel = task // stripes
             row, column = starts(task % stripes, tile.rows, rows), starts(panel, tile.columns, columns)
-            sums = room((tile.rows, tile.columns), registers=True)
-            fill(sums, tile.rows, tile.columns, 0.0)
+            sums = registers(tile.rows, tile.columns)
             with ir.serial(0, inner) as k:
-                add_tile(sums, tile.rows, tile.columns, lambda i: x[row + i, k], lambda j: w[panel, k, j])
+                add_tile(sums, tile.columns, lambda i: x[row + i, k], lambda j: w[panel, k, j])
             # an activation needs many registers: row by row once those of the sums are free again, and not in y itself,
             # where another thread may be writing what tiles have in common
             held = room((tile.rows, tile.columns)) if function else None
-            with ir.unroll(0, tile.rows) as i, ir.vectorized(0, tile.columns) as j:
-                value = sums[i, j] if bias is None else sums[i, j] + bias[column + j]
-                if held is None:
-                    y[row + i, column + j] = value
-                else:
-                    held[i, j] = value
+            for i in range(tile.rows):
+                with ir.vectorized(0, tile.columns) as j:
+                    value = sums[i][j] if bias is None else sums[i][j] + bias[column + j]
+                    if held is None:
+                        y[row + i, column + j] = value
+                    else:
+                        held[i, j] = value
             if held is not None and function is not None:
                 with ir.serial(0, tile.rows) as i, ir.vectorized(0, tile.columns) as j:
                     y[row + i, column + j] = FUNCTIONS[function](held[i, j])
