@@ -6,7 +6,7 @@ file, or a node that its kernel declines, becomes the ATen operators of its refe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["Builder", "Kernel", "Machine", "TvmNode", "Verdict"]
+__all__ = ["Builder", "Kernel", "Machine", "Tile", "Trial", "TvmNode", "Verdict"]
 
 # why a kernel cannot express a node, or None where it can
 Verdict: TypeAlias = str | None
@@ -41,6 +41,48 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """The part of a product that stays in registers: ``rows x columns``."""
+
+    rows: int
+    columns: int
+
+    @staticmethod
+    def fitted(height: int, width: int, rows: int, columns: int) -> Tile:
+        """Return a tile that is never larger than the product."""
+        return Tile(min(height, rows), min(width, columns))
+
+    @staticmethod
+    def of(machine: Machine, rows: int, columns: int) -> Tile:
+        """Return the tile to take unmeasured: two vectors wide, and as high as leaves few rows to compute twice."""
+        highest = (machine.registers - 4) // 2
+        heights = range(min(4, rows), min(rows, highest) + 1)
+        height = min(heights, key=lambda height: -(-rows // height) * height / rows * (1 + 0.4 / height))
+        return Tile.fitted(height, 2 * machine.lanes, rows, columns)
+
+    def waste(self, rows: int, columns: int) -> float:
+        """Return the share of a product that is computed in vain."""
+        done = -(-rows // self.rows) * self.rows * -(-columns // self.columns) * self.columns
+        return done / (rows * columns) - 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A function with several tiles to choose from by measurement.
+
+    Attributes:
+        make: Writes the function with one of them.
+        default: What is taken where nothing was measured.
+        tiles: The others, the most promising first.
+
+    """
+
+    make: Callable[[Tile], Any]
+    default: Tile
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
 class Kernel:
     """How one operator is written for TVM.
 
@@ -57,11 +99,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class TvmNode:
-    """One xf operator of a traced graph, its arguments by the names of its schema."""
+    """One xf operator of a traced graph, its arguments by the names of its schema.
+
+    ``shape`` is that of its first result, ``other_shapes`` those of the others.
+    """
 
     operator: str
     arguments: Mapping[str, Any]
     shape: tuple[int, ...]
+    other_shapes: tuple[tuple[int, ...], ...] = ()
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of an operand."""
@@ -77,7 +123,9 @@ class Builder:
         block_builder: TVM's own.
         value: Returns the value of a node of the traced graph.
         constants: The parameters of the Program, by the traced graph's nodes.
+        tiles: What measurement chose, by function.
         packed: Arrays that kernels derived from parameters, by key; passed to the function like parameters.
+        trials: The functions called so far that have a choice of tiles.
 
     """
 
@@ -85,7 +133,9 @@ class Builder:
     block_builder: Any
     value: Callable[[fx.Node], Value]
     constants: Mapping[fx.Node, torch.Tensor]
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
     packed: dict[str, tuple[Value, np.ndarray]] = field(default_factory=dict)
+    trials: dict[str, Trial] = field(default_factory=dict)
     _functions: dict[str, Any] = field(default_factory=dict)
 
     def parameter(self, key: str, compute: Callable[[], np.ndarray]) -> Value:
@@ -98,16 +148,16 @@ class Builder:
             self.packed[key] = variable, array
         return self.packed[key][0]
 
-    def reshape(self, value: Value, shape: tuple[int, ...]) -> Value:
-        """Return ``value`` in another shape; nothing is moved."""
-        from tvm import relax
+    def tile(self, name: str, make: Callable[[Tile], Any], default: Tile, others: Sequence[Tile]) -> Tile:
+        """Return the tile that was measured to be best for the function ``name``, or else ``default``."""
+        self.trials.setdefault(name, Trial(make, default, tuple(tile for tile in others if tile != default)))
+        return self.tiles.get(name, default)
 
-        return self.block_builder.emit(relax.op.reshape(value, shape))
-
-    def call(self, name: str, make: Callable[[], Any], operands: list[Value], shape: tuple[int, ...]) -> Value:
+    def call(self, name: str, make: Callable[[], Any], operands: list[Value], *shapes: tuple[int, ...]) -> Value:
         """Call the function named ``name`` on ``operands``; ``make`` writes it when the name is new.
 
-        The function is scheduled already: nothing is fused into it, and no default schedule applied.
+        The function is written to the end: nothing is fused into it, and no default schedule applied.  It returns one
+        value for each of ``shapes``; several as a tuple.
         """
         from tvm import relax
 
@@ -115,5 +165,6 @@ class Builder:
             written = make().without_attr("global_symbol").with_attr("op_pattern", _OPAQUE)
             written = written.with_attr("tirx.is_scheduled", True)
             self._functions[name] = self.block_builder.add_func(written, name)
-        result = relax.TensorType(shape, "float32")
-        return self.block_builder.emit(relax.call_tir(self._functions[name], operands, result))
+        results = [relax.TensorType(shape, "float32") for shape in shapes]
+        called = relax.call_tir(self._functions[name], operands, results if len(results) > 1 else results[0])
+        return self.block_builder.emit(called)

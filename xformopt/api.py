@@ -115,6 +115,7 @@ def optimize(
     assume: Iterable[str] = (),
     seed: int = 0,
     threads: int | None = None,
+    tuning_seconds: float = 40.0,
     rounds: int | None = None,
     overwrite: bool = False,
     keep_program: bool = True,
@@ -143,6 +144,7 @@ def optimize(
         assume: Facts the caller vouches for, such as ``no-padding``.
         seed: Seed of everything random.
         threads: For lowering and measuring; None takes what torch and the machine offer.
+        tuning_seconds: How long to look for the fastest forms or tiles.
         rounds: Of the comparison; None chooses.
         overwrite: Whether an artifact at ``output`` may be replaced.
         keep_program: Whether the artifact holds the original Program, so that it can be measured against it.
@@ -188,6 +190,7 @@ def optimize(
         measure=measure_lowering,
         sizes=sizes,
         threads=threads,
+        tuning_seconds=tuning_seconds,
         captured=original.program,
         history=[describe(record) for record in result.history],
         source=original.label,
@@ -216,6 +219,7 @@ def export(
     length: int | None = None,
     measure_lowering: bool = True,
     threads: int | None = None,
+    tuning_seconds: float = 40.0,
     overwrite: bool = False,
     keep_program: bool = True,
     trust_remote_code: bool = False,
@@ -231,6 +235,7 @@ def export(
         length: The same of the length.
         measure_lowering: Whether to time the forms an operator may take, and keep the fastest.
         threads: To choose forms for.
+        tuning_seconds: How long to look for the fastest.
         overwrite: Whether what exists at ``output`` may be replaced.
         keep_program: Whether the artifact holds the original Program.
         trust_remote_code: Allow Python files of a Hugging Face directory to define the model.
@@ -254,6 +259,7 @@ def export(
         measure_lowering=measure_lowering,
         bench=False,
         threads=threads,
+        tuning_seconds=tuning_seconds,
         overwrite=overwrite,
         keep_program=keep_program,
         trust_remote_code=trust_remote_code,

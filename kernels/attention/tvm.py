@@ -1,4 +1,4 @@
-"""TVM kernel of ``xf.attention``: the four steps over all heads, each a loop that vectorizes."""
+"""TVM kernel of ``xf.attention``: a thread takes a few queries of one head through all steps, in its cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from xformopt.kernels.tvm_form import Builder, Kernel, TvmNode, Verdict
+from xformopt.kernels.tvm_form import Builder, Kernel, Tile, TvmNode, Verdict
+from xformopt.kernels.tvm_loops import add_tile, fill, lane_sums, registers, room, starts, write_function
 from xformopt.kernels.tvm_math import exp
 
 __all__ = ["KERNEL", "Sizes", "attention"]
@@ -70,75 +71,105 @@ def _emit(b: Builder, node: TvmNode) -> Any:
         window_right=int(given["window_right"]),
     )
     names = ["q", "k", "v", *(["key_mask"] if sizes.has_mask else [])]
-    return b.call(sizes.name, lambda: attention(sizes), [b.value(given[name]) for name in names], node.shape)
+    width = 2 * b.machine.lanes
+    heights = range(min(4, T), min(T, (b.machine.registers - 4) // 2) + 1)
+    tile = b.tile(
+        sizes.name,
+        lambda tile: attention(sizes, tile),
+        Tile(Tile.of(b.machine, T, S).rows, width),
+        [Tile(height, width) for height in sorted(heights, key=lambda height: -(-T // height) * height)],
+    )
+    return b.call(sizes.name, lambda: attention(sizes, tile), [b.value(given[name]) for name in names], node.shape)
 
 
-def attention(sizes: Sizes) -> Any:
+def attention(sizes: Sizes, tile: Tile) -> Any:
     """Return the function of q ``[B, T, heads D]``, k ``[B, S, kv_heads D]``, v ``[B, S, kv_heads E]`` and the mask.
 
-    Keys are laid out anew, ``[B, kv_heads, D, S]``, so that logits are computed along the keys, as many at once as a
-    register holds.  A query that sees no key gets zeros.
+    Keys are laid out anew, ``[B kv_heads, panels, D, columns]``, so that logits are computed along the keys.  Then
+    each task takes ``tile.rows`` queries of one head from logits to outputs; its logits, ``[rows, S]``, stay in the
+    cache.  A query that sees no key gets zeros.
     """
-    from tvm import s_tir, te, tirx
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as ir
 
-    B, T, S, H, D, E = sizes.B, sizes.T, sizes.S, sizes.heads, sizes.D, sizes.E
-    shared = H // sizes.kv_heads
-    q = te.placeholder((B, T, H * D), "float32", name="q")
-    k = te.placeholder((B, S, sizes.kv_heads * D), "float32", name="k")
-    v = te.placeholder((B, S, sizes.kv_heads * E), "float32", name="v")
-    mask = te.placeholder((B, S), "bool", name="mask")
-    hidden = tirx.const(_HIDDEN, "float32")
+    B, S, H, D, E = sizes.B, sizes.S, sizes.heads, sizes.D, sizes.E
+    panels, stripes = -(-S // tile.columns), -(-sizes.T // tile.rows)
 
-    keys = te.compute((B, sizes.kv_heads, D, S), lambda b, h, d, s: k[b, s, h * D + d], name="keys")
-    d = te.reduce_axis((0, D), name="d")
-    products = te.compute(
-        (B, H, T, S),
-        lambda b, h, t, s: te.sum(q[b, t, h * D + d] * keys[b, h // shared, d, s], axis=d),
-        name="products",
-    )
+    def body(*buffers: Any) -> None:
+        q, k, v = (ir.buffer_proxy(buffer) for buffer in buffers[:3])
+        mask, y = ir.buffer_proxy(buffers[3]) if sizes.has_mask else None, ir.buffer_proxy(buffers[-1])
+        keys = room((B * sizes.kv_heads, panels, D, tile.columns))
+        with ir.parallel(0, B * sizes.kv_heads * panels) as part:
+            head, panel = part // panels, part % panels
+            with ir.serial(0, D) as d, ir.vectorized(0, tile.columns) as j:
+                s = tirx.min(panel * tile.columns + j, S - 1)
+                keys[head, panel, d, j] = k[head // sizes.kv_heads, s, head % sizes.kv_heads * D + d]
+        with ir.parallel(0, B * H * stripes) as task:
+            batch, head = task // (H * stripes), task // stripes % H
+            shared = head // (H // sizes.kv_heads)
+            row = starts(task % stripes, tile.rows, sizes.T)
+            weights = room((tile.rows, panels * tile.columns))
+            peaks = room((tile.rows, tile.columns))
+            fill(peaks, tile.rows, tile.columns, 2 * _HIDDEN)
+            with ir.serial(0, panels) as panel:
+                sums = registers(tile.rows, tile.columns)
+                with ir.serial(0, D) as d:
+                    add_tile(
+                        sums,
+                        tile.columns,
+                        lambda i: q[batch, row + i, head * D + d],
+                        lambda j: keys[batch * sizes.kv_heads + shared, panel, d, j],
+                    )
+                for i in range(tile.rows):
+                    with ir.vectorized(0, tile.columns) as j:
+                        s = panel * tile.columns + j
+                        kept = None if mask is None else mask[batch, tirx.min(s, S - 1)]
+                        logit = sums[i][j] * ir.float32(sizes.scale)
+                        for visible in _conditions(sizes, kept, row + i, s, tile.columns):
+                            logit = tirx.Select(visible, logit, ir.float32(_HIDDEN))
+                        weights[i, s] = logit
+                        peaks[i, j] = tirx.max(peaks[i, j], logit)
+            totals = room((tile.rows, tile.columns))
+            fill(totals, tile.rows, tile.columns, 0.0)
+            with ir.serial(0, tile.rows) as i:
+                peak = lane_sums(peaks, i, tile.columns, tirx.max)
+                with ir.serial(0, panels) as panel, ir.vectorized(0, tile.columns) as j:
+                    s = panel * tile.columns + j
+                    # where every key is hidden the difference is 0, and the weight must not be 1
+                    weight = exp(weights[i, s] - peak)
+                    weights[i, s] = tirx.Select(weights[i, s] > ir.float32(_HIDDEN), weight, ir.float32(0.0))
+                    totals[i, j] = totals[i, j] + weights[i, s]
+                lane_sums(totals, i, tile.columns, lambda a, b: a + b)
+                totals[i, 0] = ir.float32(1.0) / tirx.max(totals[i, 0], ir.float32(1e-30))
+            width = min(tile.columns, E)
+            with ir.serial(0, -(-E // width)) as part:
+                column = starts(part, width, E)
+                means = registers(tile.rows, width)
+                with ir.serial(0, S) as s:
+                    add_tile(means, width, lambda i: weights[i, s], lambda j: v[batch, s, shared * E + column + j])
+                for i in range(tile.rows):
+                    with ir.vectorized(0, width) as j:
+                        y[batch, row + i, head * E + column + j] = means[i][j] * totals[i, 0]
 
-    def logit(b: Any, h: Any, t: Any, s: Any) -> Any:
-        value = products[b, h, t, s] * tirx.const(sizes.scale, "float32")
-        for visible in _conditions(sizes, mask[b, s] if sizes.has_mask else None, t, s):
-            value = tirx.Select(visible, value, hidden)
-        return value
-
-    logits = te.compute((B, H, T, S), logit, name="logits")
-    s = te.reduce_axis((0, S), name="s")
-    peaks = te.compute((B, H, T), lambda b, h, t: te.max(logits[b, h, t, s], axis=s), name="peaks")
-
-    def weight(b: Any, h: Any, t: Any, s: Any) -> Any:
-        # where every key is hidden the difference is 0, and the weight must not be 1
-        seen = logits[b, h, t, s] > hidden
-        return tirx.Select(seen, exp(logits[b, h, t, s] - peaks[b, h, t]), tirx.const(0.0, "float32"))
-
-    weights = te.compute((B, H, T, S), weight, name="weights")
-    s2 = te.reduce_axis((0, S), name="s2")
-    totals = te.compute((B, H, T), lambda b, h, t: te.sum(weights[b, h, t, s2], axis=s2), name="totals")
-    s3 = te.reduce_axis((0, S), name="s3")
-    sums = te.compute(
-        (B, H, T, E),
-        lambda b, h, t, e: te.sum(weights[b, h, t, s3] * v[b, s3, (h // shared) * E + e], axis=s3),
-        name="sums",
-    )
-
-    def mean(b: Any, t: Any, c: Any) -> Any:
-        return sums[b, c // E, t, c % E] / tirx.max(totals[b, c // E, t], tirx.const(1e-30, "float32"))
-
-    y = te.compute((B, T, H * E), mean, name="means")
-    schedule = s_tir.Schedule(te.create_prim_func([q, k, v, *([mask] if sizes.has_mask else []), y]))
-    for name in ("keys", "logits", "weights", "means"):
-        _parallel_outer(schedule, schedule.get_sblock(name), inner=1)
-    for name in ("peaks", "totals"):
-        _parallel_outer(schedule, schedule.get_sblock(name), inner=1)
-    for name in ("products", "sums"):
-        _schedule_product(schedule, schedule.get_sblock(name))
-    return schedule.mod["main"]
+    return write_function(_operands(sizes), body)
 
 
-def _conditions(sizes: Sizes, kept: Any | None, t: Any, s: Any) -> list[Any]:
-    """Return what must hold for query ``t`` to see key ``s``."""
+def _operands(sizes: Sizes) -> list[Any]:
+    B, T, S = sizes.B, sizes.T, sizes.S
+    return [
+        ("q", (B, T, sizes.heads * sizes.D), "float32"),
+        ("k", (B, S, sizes.kv_heads * sizes.D), "float32"),
+        ("v", (B, S, sizes.kv_heads * sizes.E), "float32"),
+        *([("mask", (B, S), "bool")] if sizes.has_mask else []),
+        ("y", (B, T, sizes.heads * sizes.E), "float32"),
+    ]
+
+
+def _conditions(sizes: Sizes, kept: Any | None, t: Any, s: Any, width: int) -> list[Any]:
+    """Return what must hold for query ``t`` to see key ``s``; the last panel of ``width`` has keys beyond the end."""
     conditions = [] if kept is None else [kept]
+    if sizes.S % width:
+        conditions.append(s < sizes.S)
     position = t + (sizes.S - sizes.T)
     if sizes.causal:
         conditions.append(s <= position)
@@ -147,21 +178,6 @@ def _conditions(sizes: Sizes, kept: Any | None, t: Any, s: Any) -> list[Any]:
     if sizes.window_right >= 0:
         conditions.append(s <= position + sizes.window_right)
     return conditions
-
-
-def _parallel_outer(schedule: Any, block: Any, inner: int) -> None:
-    loops = schedule.get_loops(block)
-    schedule.parallel(schedule.fuse(*loops[:-inner]))
-
-
-def _schedule_product(schedule: Any, block: Any) -> None:
-    """Threads over batch, head and row; in a row, one step of the sum adds to every column."""
-    *outer, column, summed = schedule.get_loops(block)
-    schedule.reorder(summed, column)
-    schedule.parallel(schedule.fuse(*outer))
-    schedule.vectorize(column)
-    start = schedule.decompose_reduction(block, summed)
-    schedule.vectorize(schedule.get_loops(start)[-1])
 
 
 KERNEL = Kernel(_emit, _accepts)

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from xformopt.kernels.tvm_form import Builder, Kernel, Machine, TvmNode, Verdict
+from xformopt.kernels.tvm_form import Builder, Kernel, Tile, TvmNode, Verdict
+from xformopt.kernels.tvm_loops import add_tile, flat, registers, room, starts, write_function
 from xformopt.kernels.tvm_math import FUNCTIONS
 
-__all__ = ["KERNEL", "Tile", "accepts", "emit", "matmul", "pack"]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The part of the product that stays in registers: ``rows x columns``."""
-
-    rows: int
-    columns: int
-
-    @staticmethod
-    def default(machine: Machine, rows: int) -> Tile:
-        """Two vectors wide, and as high as half of the registers hold; never higher than the product."""
-        return Tile(min(rows, machine.registers // 4), 2 * machine.lanes)
+__all__ = ["KERNEL", "accepts", "emit", "emit_product", "matmul", "pack"]
 
 
 def accepts(arguments: Mapping[str, Any]) -> Verdict:
@@ -37,114 +24,138 @@ def accepts(arguments: Mapping[str, Any]) -> Verdict:
 
 def emit(b: Builder, node: TvmNode) -> Any:
     """Emit the product over all positions as one matrix."""
-    *leading, inner = node.shape_of("x")
-    columns, rows = node.shape_of("weight")[0], int(np.prod(leading))
-    function = node.arguments.get("function")
-    bias = node.arguments.get("bias")
-    tile = Tile.default(b.machine, rows)
-    operands = [b.reshape(b.value(node.arguments["x"]), (rows, inner)), _packed(b, node.arguments["weight"], tile)]
+    given = node.arguments
+    return emit_product(
+        b,
+        b.value(given["x"]),
+        node.shape_of("x"),
+        given["weight"],
+        given.get("bias"),
+        node.shape,
+        given.get("function"),
+    )
+
+
+def emit_product(
+    b: Builder,
+    x: Any,
+    x_shape: tuple[int, ...],
+    weight: Any,
+    bias: Any,
+    shape: tuple[int, ...],
+    function: str | None = None,
+) -> Any:
+    """Emit ``function(x weight^T + bias)`` of a value ``[..., I]`` and nodes ``[O, ...]`` and ``[O]``."""
+    inner, columns = x_shape[-1], shape[-1]
+    rows = int(np.prod(x_shape[:-1]))
+
+    def make(tile: Tile) -> Any:
+        return matmul(x_shape, shape, tile, has_bias=bias is not None, function=function)
+
+    kinds = [function or "", "bias" if bias is not None else ""]
+    name = "_".join(["matmul", *map(str, (rows, inner, columns)), *filter(None, kinds)])
+    tile = b.tile(name, make, Tile.of(b.machine, rows, columns), _tiles(b, rows, columns))
+    operands = [x, _packed(b, weight, tile)]
     if bias is not None:
         operands.append(b.value(bias))
-    kinds = [function or "", "bias" if bias is not None else ""]
-    name = "_".join(["matmul", str(rows), str(inner), str(columns), *filter(None, kinds)])
+    name = "_".join([name, f"from{len(x_shape)}", f"to{len(shape)}"])
+    return b.call(name, lambda: make(tile), operands, shape)
 
-    def make() -> Any:
-        return matmul(rows, inner, columns, tile, has_bias=bias is not None, function=function)
 
-    product = b.call(name, make, operands, (rows, columns))
-    return b.reshape(product, node.shape)
+def _tiles(b: Builder, rows: int, columns: int) -> list[Tile]:
+    """Return the tiles worth trying: as many sums as registers hold, beside one row of the panel and one factor."""
+    found = []
+    for vectors in (1, 2, 3, 4):
+        width = vectors * b.machine.lanes
+        for height in range(2, 31):
+            sums = vectors * height
+            if sums + vectors + 1 <= b.machine.registers and 2 * sums >= b.machine.registers:
+                found.append(Tile.fitted(height, width, rows, columns))
+    # few rows computed twice come first, should time run out; of equal ones, high tiles
+    return sorted(set(found), key=lambda tile: (tile.waste(rows, columns), -tile.rows * tile.columns))
 
 
 def _packed(b: Builder, weight: Any, tile: Tile) -> Any:
     """Return the panels of a weight: computed here where it is a parameter, by the graph where it is not."""
     constant = b.constants.get(weight)
     if constant is None:
-        rows, inner = (int(size) for size in weight.meta["val"].shape)
-        name = f"pack_{rows}_{inner}_{tile.columns}"
-        shape = (-(-rows // tile.columns), inner, tile.columns)
+        rows, *inner = (int(size) for size in weight.meta["val"].shape)
+        size = int(np.prod(inner))
+        name = f"pack_{rows}_{size}_{tile.columns}"
+        shape = (-(-rows // tile.columns), size, tile.columns)
         return b.call(name, lambda: _pack_function(rows, inner, tile), [b.value(weight)], shape)
-    return b.parameter(f"{weight.name} in panels of {tile.columns}", lambda: pack(constant.numpy(), tile.columns))
+    return b.parameter(
+        f"{weight.name} in panels of {tile.columns}",
+        lambda: pack(constant.detach().numpy().reshape(len(constant), -1), tile.columns),
+    )
 
 
 def pack(weight: np.ndarray, width: int) -> np.ndarray:
-    """Return a weight ``[O, I]`` as panels ``[ceil(O / width), I, width]``, filled up with zeros."""
-    rows, inner = weight.shape
-    filled = np.zeros((-(-rows // width) * width, inner), weight.dtype)
-    filled[:rows] = weight
-    return np.ascontiguousarray(filled.reshape(-1, width, inner).transpose(0, 2, 1))
+    """Return a weight ``[O, I]`` as panels ``[ceil(O / width), I, width]``; the last begins where it fits."""
+    rows = len(weight)
+    first = [min(start, rows - width) for start in range(0, rows, width)]
+    return np.stack([np.ascontiguousarray(weight[start : start + width].T) for start in first])
 
 
-def matmul(rows: int, inner: int, columns: int, tile: Tile, *, has_bias: bool, function: str | None) -> Any:
-    """Return the function ``function(x w + bias)`` of x ``[rows, inner]`` and w in panels.
+def matmul(
+    x_shape: tuple[int, ...], shape: tuple[int, ...], tile: Tile, *, has_bias: bool, function: str | None
+) -> Any:
+    """Return the function ``function(x w + bias)`` of x ``[..., inner]`` and w in panels.
 
-    The last tile of rows reads the last row again where the rows do not divide, so that no tile is cut.
+    Threads take tiles panel by panel; in a tile each step of the sum adds one row of the panel to all sums, which stay
+    in registers until bias and activation are done.
     """
-    from tvm import s_tir, te, tirx
+    from tvm.script.ir_builder import tirx as ir
 
+    inner, columns = x_shape[-1], shape[-1]
+    rows = int(np.prod(shape[:-1]))
     panels, stripes = -(-columns // tile.columns), -(-rows // tile.rows)
-    x = te.placeholder((rows, inner), "float32", name="x")
-    w = te.placeholder((panels, inner, tile.columns), "float32", name="w")
-    bias = te.placeholder((columns,), "float32", name="bias")
-    k = te.reduce_axis((0, inner), name="k")
 
-    def product(panel: Any, stripe: Any, i: Any, j: Any) -> Any:
-        row = tirx.min(stripe * tile.rows + i, rows - 1) if rows % tile.rows else stripe * tile.rows + i
-        return te.sum(x[row, k] * w[panel, k, j], axis=k)
+    def body(*buffers: Any) -> None:
+        x, w, y = flat(buffers[0], (rows, inner)), ir.buffer_proxy(buffers[1]), flat(buffers[-1], (rows, columns))
+        bias = ir.buffer_proxy(buffers[2]) if has_bias else None
+        with ir.parallel(0, panels * stripes) as task:
+            panel = task // stripes
+            row, column = starts(task % stripes, tile.rows, rows), starts(panel, tile.columns, columns)
+            sums = registers(tile.rows, tile.columns)
+            with ir.serial(0, inner) as k:
+                add_tile(sums, tile.columns, lambda i: x[row + i, k], lambda j: w[panel, k, j])
+            # an activation needs many registers: row by row once those of the sums are free again, and not in y itself,
+            # where another thread may be writing what tiles have in common
+            held = room((tile.rows, tile.columns)) if function else None
+            for i in range(tile.rows):
+                with ir.vectorized(0, tile.columns) as j:
+                    value = sums[i][j] if bias is None else sums[i][j] + bias[column + j]
+                    if held is None:
+                        y[row + i, column + j] = value
+                    else:
+                        held[i, j] = value
+            if held is not None and function is not None:
+                with ir.serial(0, tile.rows) as i, ir.vectorized(0, tile.columns) as j:
+                    y[row + i, column + j] = FUNCTIONS[function](held[i, j])
 
-    tiles = te.compute((panels, stripes, tile.rows, tile.columns), product, name="product")
-
-    def epilogue(i: Any, j: Any) -> Any:
-        value = tiles[j // tile.columns, i // tile.rows, i % tile.rows, j % tile.columns]
-        value = value + bias[j] if has_bias else value
-        return FUNCTIONS[function](value) if function else value
-
-    y = te.compute((rows, columns), epilogue, name="epilogue")
-    schedule = s_tir.Schedule(te.create_prim_func([x, w, *([bias] if has_bias else []), y]))
-    _schedule_product(schedule, schedule.get_sblock("product"))
-    _schedule_epilogue(schedule, schedule.get_sblock("epilogue"), tile)
-    return schedule.mod["main"]
-
-
-def _schedule_product(schedule: Any, block: Any) -> None:
-    """Threads over tiles, panel by panel; in a tile the sum over k, of which each step is one row of the panel."""
-    sums = schedule.cache_write(block, 0, "local")
-    panel, stripe, i, j, k = schedule.get_loops(block)
-    schedule.reorder(panel, stripe, k, i, j)
-    fused = schedule.fuse(panel, stripe)
-    schedule.parallel(fused)
-    schedule.reverse_compute_at(sums, fused)
-    schedule.vectorize(schedule.get_loops(sums)[-1])
-    # in this order: what is left of the sum once its start is split off may not be vectorized any more
-    schedule.unroll(i)
-    schedule.vectorize(j)
-    start = schedule.decompose_reduction(block, k)
-    schedule.unroll(schedule.get_loops(start)[-2])
-    schedule.vectorize(schedule.get_loops(start)[-1])
+    operands = [
+        ("x", x_shape, "float32"),
+        ("w", (panels, inner, tile.columns), "float32"),
+        *([("bias", (columns,), "float32")] if has_bias else []),
+        ("y", shape, "float32"),
+    ]
+    return write_function(operands, body)
 
 
-def _schedule_epilogue(schedule: Any, block: Any, tile: Tile) -> None:
-    i, j = schedule.get_loops(block)
-    _, inside = schedule.split(j, [None, tile.columns])
-    schedule.parallel(i)
-    schedule.vectorize(inside)
-
-
-def _pack_function(rows: int, inner: int, tile: Tile) -> Any:
+def _pack_function(rows: int, inner: list[int], tile: Tile) -> Any:
     """Return the function that packs a weight the graph computes."""
-    from tvm import s_tir, te, tirx
+    from tvm.script.ir_builder import tirx as ir
 
-    width = tile.columns
-    weight = te.placeholder((rows, inner), "float32", name="weight")
+    size, width = int(np.prod(inner)), tile.columns
+    panels = -(-rows // width)
 
-    def entry(panel: Any, k: Any, j: Any) -> Any:
-        row = panel * width + j
-        kept = weight[tirx.min(row, rows - 1), k]
-        return tirx.Select(row < rows, kept, tirx.const(0.0, "float32")) if rows % width else kept
+    def body(weight: Any, packed: Any) -> None:
+        weight, packed = flat(weight, (rows, size)), ir.buffer_proxy(packed)
+        with ir.parallel(0, panels) as panel, ir.serial(0, size) as k, ir.serial(0, width) as j:
+            packed[panel, k, j] = weight[starts(panel, width, rows) + j, k]
 
-    packed = te.compute((-(-rows // width), inner, width), entry, name="panels")
-    schedule = s_tir.Schedule(te.create_prim_func([weight, packed]))
-    schedule.parallel(schedule.get_loops(schedule.get_sblock("panels"))[0])
-    return schedule.mod["main"]
+    return write_function([("weight", (rows, *inner), "float32"), ("packed", (panels, size, width), "float32")], body)
 
 
 KERNEL = Kernel(emit, accepts)

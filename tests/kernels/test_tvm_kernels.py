@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from xformopt.kernels.activation.reference import FUNCTIONS
+from xformopt.kernels.add_layer_norm.reference import add_layer_norm as reference_add_layer_norm
 from xformopt.kernels.attention.reference import attention as reference_attention
 from xformopt.kernels.attention.tvm import Sizes, attention
-from xformopt.kernels.linear.tvm import Tile, matmul, pack
+from xformopt.kernels.layer_norm.reference import layer_norm as reference_layer_norm
+from xformopt.kernels.layer_norm.tvm import layer_norm
+from xformopt.kernels.linear.tvm import matmul, pack
+from xformopt.kernels.patch_embedding.tvm import patches
+from xformopt.kernels.tvm_form import Tile
 from xformopt.kernels.tvm_math import FUNCTIONS as TVM_FUNCTIONS
 
 tvm = pytest.importorskip("tvm")
@@ -19,10 +24,19 @@ tvm = pytest.importorskip("tvm")
 
 def run(function: Any, shape: tuple[int, ...], *operands: torch.Tensor | np.ndarray) -> np.ndarray:
     """Compile a function for this machine and return what it writes over NaN."""
+    (output,) = run_many(function, (shape,), *operands)
+    return output
+
+
+def run_many(
+    function: Any, shapes: tuple[tuple[int, ...], ...], *operands: torch.Tensor | np.ndarray
+) -> list[np.ndarray]:
+    """Do the same for a function of several results."""
     module = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target="llvm")
-    output = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))
-    module["main"](*(tvm.runtime.tensor(np.ascontiguousarray(operand)) for operand in operands), output)
-    return np.asarray(output.numpy())
+    given = [tvm.runtime.tensor(np.ascontiguousarray(operand)) for operand in operands]
+    outputs = [tvm.runtime.tensor(np.full(shape, np.nan, np.float32)) for shape in shapes]
+    module["main"](*given, *outputs)
+    return [np.asarray(output.numpy()) for output in outputs]
 
 
 @pytest.mark.parametrize("function", [None, *FUNCTIONS])
@@ -30,7 +44,7 @@ def test_matmul(function: str | None, rng: torch.Generator) -> None:
     rows, inner, columns = 9, 13, 21
     x, w, bias = (torch.randn(shape, generator=rng) * 2 for shape in ((rows, inner), (columns, inner), (columns,)))
     tile = Tile(4, 8)
-    kernel = matmul(rows, inner, columns, tile, has_bias=True, function=function)
+    kernel = matmul((rows, inner), (rows, columns), tile, has_bias=True, function=function)
     found = run(kernel, (rows, columns), x.numpy(), pack(w.numpy(), tile.columns), bias.numpy())
     expected = torch.nn.functional.linear(x, w, bias)
     expected = FUNCTIONS[function](expected) if function else expected
@@ -39,7 +53,9 @@ def test_matmul(function: str | None, rng: torch.Generator) -> None:
 
 def test_matmul_without_bias_in_tiles_that_fit(rng: torch.Generator) -> None:
     x, w = torch.randn(8, 5, generator=rng), torch.randn(16, 5, generator=rng)
-    found = run(matmul(8, 5, 16, Tile(4, 8), has_bias=False, function=None), (8, 16), x.numpy(), pack(w.numpy(), 8))
+    found = run(
+        matmul((8, 5), (8, 16), Tile(4, 8), has_bias=False, function=None), (8, 16), x.numpy(), pack(w.numpy(), 8)
+    )
     np.testing.assert_allclose(found, (x @ w.T).numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -71,7 +87,32 @@ def test_attention(options: dict[str, Any], rng: torch.Generator) -> None:
     hiding = {name: settings[name] for name in ("causal", "window_left", "window_right", "kv_heads")}
     expected = reference_attention(q, k, v, mask if sizes.has_mask else None, heads=4, scale=0.45, **hiding)
     operands = [q.numpy(), k.numpy(), v.numpy(), *([mask.numpy()] if sizes.has_mask else [])]
-    found = run(attention(sizes), (2, 7, 12), *operands)
+    found = run(attention(sizes, Tile(4, 8)), (2, 7, 12), *operands)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
     if sizes.has_mask:
         assert not found[1].any()
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("has_affine", [False, True])
+def test_layer_norm(has_residual: bool, has_affine: bool, rng: torch.Generator) -> None:
+    shape, groups, width = (2, 3, 14), 1 if has_residual else 2, 14 if has_residual else 7
+    x, residual = (torch.randn(shape, generator=rng) * 3 + 1 for _ in range(2))
+    weight, bias = (torch.randn(width, generator=rng) for _ in range(2))
+    kernel = layer_norm(shape, groups, 1e-5, has_residual=has_residual, has_weight=has_affine, has_bias=has_affine)
+    affine = (weight, bias) if has_affine else ()
+    if has_residual:
+        outputs = run_many(kernel, (shape, shape), x, residual, *affine)
+        expected = reference_add_layer_norm(x, residual, *affine, eps=1e-5)
+    else:
+        outputs = run_many(kernel, (shape,), x, *affine)
+        expected = (reference_layer_norm(x, *affine, eps=1e-5, groups=groups),)
+    for found, value in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(found, value.numpy(), rtol=1e-5, atol=2e-6)
+
+
+def test_patches(rng: torch.Generator) -> None:
+    image = torch.randn(2, 3, 6, 10, generator=rng)
+    found = run(patches(image.shape, (3, 5)), (2, 4, 45), image)
+    expected = torch.nn.functional.unfold(image, (3, 5), stride=(3, 5)).transpose(1, 2)
+    np.testing.assert_array_equal(found, expected.numpy())

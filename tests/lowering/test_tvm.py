@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ def test_kernels_took_what_they_can(folder: Path) -> None:
     manifest = json.loads((folder / "artifact.json").read_text())
     assert manifest["forms"] == {
         "attention": {"kernel": 1},
+        "layer_norm": {"kernel": 1},
         "linear": {"kernel": 3},
         "linear_activation": {"kernel": 1},
     }
@@ -91,13 +93,12 @@ def test_a_library_is_no_onnx_file(encoder: Program, tmp_path: Path) -> None:
         export(encoder, tmp_path / "model.onnx", target="tvm-cpu")
 
 
-def test_panels_are_filled_up_with_zeros() -> None:
+def test_the_last_panel_overlaps_the_one_before() -> None:
     weight = np.arange(15, dtype=np.float32).reshape(5, 3)
     panels = pack(weight, 4)
     assert panels.shape == (2, 3, 4)
     np.testing.assert_array_equal(panels[0], weight[:4].T)
-    np.testing.assert_array_equal(panels[1, :, 0], weight[4])
-    assert not panels[1, :, 1:].any()
+    np.testing.assert_array_equal(panels[1], weight[1:].T)
 
 
 def test_functions_of_other_sizes_have_other_names() -> None:
@@ -108,3 +109,19 @@ def test_functions_of_other_sizes_have_other_names() -> None:
         Sizes(1, 9, 9, 4, 4, 6, 6, 0.4, False, False, 0, -1),
     ]
     assert len({plain.name, *(sizes.name for sizes in others)}) == 4
+
+
+def test_a_missing_cross_linker_names_its_package(encoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LoweringError, match=r"aarch64-linux-gnu-gcc.*package gcc-aarch64-linux-gnu on Debian"):
+        lower(encoder, "tvm-aarch64", sizes=SIZES)
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-gcc") is None, reason="needs the package gcc-aarch64-linux-gnu")
+def test_a_library_for_arm64_is_linked_and_not_run(encoder: Program, tmp_path: Path) -> None:
+    lower(encoder, "tvm-aarch64", sizes=SIZES).save(tmp_path / "artifact")
+    header = (tmp_path / "artifact" / "model.so").read_bytes()[:20]
+    # the machine field of an ELF header: 183 is AArch64
+    assert int.from_bytes(header[18:20], "little") == 183
+    with pytest.raises(ArtifactError, match="another processor"):
+        load(tmp_path / "artifact").run(**arrays_of(encoder, SIZES))

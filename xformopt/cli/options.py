@@ -25,6 +25,7 @@ __all__ = [
     "Target",
     "Threads",
     "TrustRemoteCode",
+    "TuneSeconds",
     "the_model",
     "the_output",
 ]
@@ -53,6 +54,15 @@ Length: TypeAlias = Annotated[
 Threads: TypeAlias = Annotated[
     int | None,
     typer.Option("--threads", min=1, metavar="N", help="Threads of every run; all usable cores otherwise."),
+]
+TuneSeconds: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--tune-seconds",
+        min=0.0,
+        metavar="S",
+        help="How long to look for the fastest forms and tiles; what was found earlier on this machine is kept.",
+    ),
 ]
 Rounds: TypeAlias = Annotated[
     int | None,

@@ -8,13 +8,14 @@ from typing import NamedTuple
 __all__ = ["ARTIFACT_TARGETS", "BASELINES", "Target", "targets"]
 
 BASELINES = ("eager", "inductor")
-ARTIFACT_TARGETS = ("ort-cpu", "openvino-cpu", "tvm-cpu", "tvm-x86-64-v3")
+ARTIFACT_TARGETS = ("ort-cpu", "openvino-cpu", "tvm-cpu", "tvm-x86-64-v3", "tvm-aarch64")
 _TVM = (("tvm",), "tvm")
 _NEEDS = {
     "ort-cpu": (("onnxruntime", "onnx", "onnxscript"), "ort"),
     "openvino-cpu": (("openvino", "onnx"), "openvino"),
     "tvm-cpu": _TVM,
     "tvm-x86-64-v3": _TVM,
+    "tvm-aarch64": _TVM,
 }
 
 
@@ -44,4 +45,9 @@ def _describe(name: str) -> Target:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         return Target(name, False, f'{missing[0]} is not installed: pip install "xformopt[{extra}]"')
+    if name.startswith("tvm-"):
+        from xformopt.lowering.tvm_build import missing_linker
+
+        if why_not := missing_linker(name):
+            return Target(name, False, why_not)
     return Target(name, True, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,55 @@ import torch
 
 from xformopt.errors import LoweringError
 from xformopt.kernels.tvm_form import Machine
+from xformopt.lowering.manifest import TuningRecord
 from xformopt.lowering.tvm_import import import_traced
 from xformopt.lowering.tvm_schedule import schedule_module
 from xformopt.lowering.tvm_session import require_tvm
 from xformopt.lowering.tvm_trace import trace
+from xformopt.lowering.tvm_tuning import Tiling
 from xformopt.measure.machine import describe_machine
 from xformopt.program import Program
 
-__all__ = ["MODEL", "TVM_TARGETS", "check_toolchain", "write_library"]
+__all__ = ["MODEL", "TVM_TARGETS", "Written", "check_toolchain", "missing_linker", "runs_here", "write_library"]
 
 MODEL = "model.so"
 
 
 @dataclass(frozen=True)
 class _Processor:
-    """What is compiled for; ``cpu`` is LLVM's name, None that of this machine."""
+    """What is compiled for; ``cpu`` is LLVM's name.
 
-    cpu: str | None
+    ``triple`` is LLVM's name of another architecture, whose linker Debian's ``package`` brings.
+    """
+
+    cpu: str
     machine: Machine
+    triple: str | None = None
+    linker: str | None = None
+    package: str | None = None
 
 
 # AVX2: 16 registers of 8 numbers
 _X86_64_V3 = Machine(lanes=8, registers=16)
+# NEON: 32 registers of 4
+_NEON = Machine(lanes=4, registers=32)
 TVM_TARGETS: dict[str, _Processor | None] = {
     "tvm-cpu": None,
     "tvm-x86-64-v3": _Processor("x86-64-v3", _X86_64_V3),
+    # Raspberry Pi 5 is one, and Graviton 2's core is its sibling
+    "tvm-aarch64": _Processor(
+        "cortex-a76", _NEON, "aarch64-linux-gnu", "aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"
+    ),
 }
+
+
+def runs_here(target: str) -> bool:
+    """Return whether what ``target`` compiles to is of this machine's architecture."""
+    processor = TVM_TARGETS.get(target)
+    if processor is None:
+        return True
+    made_for = processor.triple.partition("-")[0] if processor.triple else "x86_64"
+    return made_for == describe_machine().architecture
 
 
 def check_toolchain(target: str) -> None:
@@ -52,15 +75,46 @@ def check_toolchain(target: str) -> None:
 
     """
     require_tvm(f"The target {target}")
+    if why_not := missing_linker(target):
+        raise LoweringError(f"The target {target} links a shared library, and {why_not}.")
+
+
+def missing_linker(target: str) -> str:
+    """Say which linker ``target`` lacks here, or nothing."""
+    processor = TVM_TARGETS[target]
+    if processor is not None and processor.linker is not None:
+        if shutil.which(processor.linker) is None:
+            return f"{processor.linker} was not found: install it (the package {processor.package} on Debian)"
+        return ""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise LoweringError(
-            f"The target {target} links a shared library, and no C++ compiler was found to do it: install g++ "
-            f"(the package g++ on Debian)."
-        )
+        return "no C++ compiler was found to do it: install g++ (the package g++ on Debian)"
+    return ""
 
 
-def write_library(program: Program, inputs: Mapping[str, torch.Tensor], target: str, folder: Path) -> dict[str, int]:
-    """Compile ``program`` at the sizes of ``inputs`` and return how many nodes of each xf operator took a kernel.
+@dataclass(frozen=True)
+class Written:
+    """What a library was made of: how many nodes of each xf operator took a kernel, and how tiles were chosen."""
+
+    kernels: dict[str, int]
+    tuning: tuple[TuningRecord, ...] = ()
+
+
+def write_library(
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    target: str,
+    folder: Path,
+    choose: Callable[..., Tiling] | None = None,
+) -> Written:
+    """Compile ``program`` at the sizes of ``inputs``.
+
+    Args:
+        program: What to compile.
+        inputs: Named inputs; only their shapes matter.
+        target: One of ``TVM_TARGETS``.
+        folder: Where the library, its parameters and its signature go.
+        choose: Chooses tiles by measurement, from the functions that have a choice and what compiles one of them;
+            None takes the defaults.  For this machine alone: no other is here to be timed.
 
     Raises:
         LoweringError: an operator cannot be traced or is unknown to TVM, or TVM fails to compile the program.
@@ -68,13 +122,20 @@ def write_library(program: Program, inputs: Mapping[str, torch.Tensor], target: 
     """
     import tvm
     from tvm import relax
+    from tvm.support import cc
 
     processor = TVM_TARGETS[target] or _this_processor()
-    imported = import_traced(trace(program, inputs), processor.machine)
-    llvm = {"kind": "llvm", "mcpu": processor.cpu} if processor.cpu else {"kind": "llvm"}
+    triple = {"mtriple": processor.triple} if processor.triple else {}
+    llvm = tvm.target.Target({"kind": "llvm", "mcpu": processor.cpu, **triple})
+    traced = trace(program, inputs)
+    imported, tiling = import_traced(traced, processor.machine), Tiling({})
+    if choose is not None and TVM_TARGETS[target] is None:
+        tiling = choose(imported.trials, lambda function: _compiled(function, llvm))
+        imported = import_traced(traced, processor.machine, tiling.tiles)
     try:
-        executable = tvm.compile(imported.module, target=tvm.target.Target(llvm), relax_pipeline=_pipeline(relax))
-        executable.export_library(os.fspath(folder / MODEL))
+        executable = tvm.compile(imported.module, target=llvm, relax_pipeline=_pipeline(relax))
+        linker = {"fcompile": cc.cross_compiler(processor.linker)} if processor.linker else {}
+        executable.export_library(os.fspath(folder / MODEL), **linker)
     except Exception as error:
         raise LoweringError(
             f"TVM {tvm.__version__} could not compile {program.name}: {' '.join(str(error).split())[-600:]} "
@@ -87,7 +148,14 @@ def write_library(program: Program, inputs: Mapping[str, torch.Tensor], target: 
         "outputs": list(program.output_names),
     }
     (folder / f"{MODEL}.json").write_text(json.dumps(signature, indent=1), encoding="utf-8")
-    return imported.kernels
+    return Written(imported.kernels, tiling.records)
+
+
+def _compiled(function: Any, target: Any) -> Any:
+    """Return one function ready to be called."""
+    import tvm
+
+    return tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target=target)["main"]
 
 
 def _this_processor() -> _Processor:
@@ -97,7 +165,7 @@ def _this_processor() -> _Processor:
     if "avx512f" in isa:
         machine = Machine(lanes=16, registers=32)
     elif "asimd" in isa:
-        machine = Machine(lanes=4, registers=32)
+        machine = _NEON
     else:
         machine = _X86_64_V3
     return _Processor(str(tvm.target.codegen.llvm_get_system_cpu()), machine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import fx
 
 from xformopt.errors import LoweringError
 from xformopt.kernels.definition import find_operator
-from xformopt.kernels.tvm_form import Builder, Machine, TvmNode
+from xformopt.kernels.tvm_form import Builder, Machine, Tile, Trial, TvmNode
 from xformopt.lowering.tvm_trace import Traced, arguments_of, kernel_of
 from xformopt.program.text import target_name
 
@@ -26,16 +27,18 @@ class Imported:
         module: TVM's IRModule.
         parameters: What ``main`` takes after the inputs, in order.
         kernels: How many nodes of each xf operator became a kernel.
+        trials: The functions that have a choice of tiles.
 
     """
 
     module: Any
     parameters: tuple[np.ndarray, ...]
     kernels: dict[str, int]
+    trials: Mapping[str, Trial]
 
 
-def import_traced(traced: Traced, machine: Machine) -> Imported:
-    """Build the module.
+def import_traced(traced: Traced, machine: Machine, tiles: Mapping[str, Tile] | None = None) -> Imported:
+    """Build the module; kernels take ``tiles`` where there is one for them, and defaults for ``machine`` elsewhere.
 
     Raises:
         LoweringError: TVM knows no form of an ATen operator.
@@ -49,7 +52,7 @@ def import_traced(traced: Traced, machine: Machine) -> Imported:
     importer.block_builder = blocks = relax.BlockBuilder()
     environment = importer.env = _Environment(traced)
     inputs = [environment.variable(node) for node in traced.inputs]
-    builder = Builder(machine, blocks, environment.__getitem__, traced.parameters)
+    builder = Builder(machine, blocks, environment.__getitem__, traced.parameters, tiles or {})
     kernels: dict[str, int] = {}
     with blocks.function("main"):
         with blocks.dataflow():
@@ -62,9 +65,9 @@ def import_traced(traced: Traced, machine: Machine) -> Imported:
                     continue
                 kernel = kernel_of(operator.name)
                 assert kernel is not None
-                shape = tuple(int(size) for size in node.meta["val"].shape)
+                first, *others = _shapes_of(node)
                 arguments = arguments_of(operator, node.args, node.kwargs)
-                environment[node] = kernel.emit(builder, TvmNode(operator.name, arguments, shape))
+                environment[node] = kernel.emit(builder, TvmNode(operator.name, arguments, first, tuple(others)))
                 kernels[operator.name] = kernels.get(operator.name, 0) + 1
             outputs = traced.graph.output_node().args[0]
             assert isinstance(outputs, tuple)
@@ -72,7 +75,13 @@ def import_traced(traced: Traced, machine: Machine) -> Imported:
             result = blocks.emit_output(relax.Tuple(results))
         taken = [*environment.taken, *builder.packed.values()]
         blocks.emit_func_output(result, params=[*inputs, *(variable for variable, _ in taken)])
-    return Imported(blocks.get(), tuple(array for _, array in taken), kernels)
+    return Imported(blocks.get(), tuple(array for _, array in taken), kernels, builder.trials)
+
+
+def _shapes_of(node: fx.Node) -> list[tuple[int, ...]]:
+    value = node.meta["val"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [tuple(int(size) for size in each.shape) for each in values]
 
 
 def _check_known(traced: Traced, known: Any) -> None:

@@ -16,7 +16,7 @@ from xformopt.lowering.tvm_session import TvmSession
 __all__ = ["TARGETS", "open_runner"]
 
 # targets that a bundle can carry
-TARGETS = ("ort-cpu", "openvino-cpu", "tvm-cpu", "tvm-x86-64-v3")
+TARGETS = ("ort-cpu", "openvino-cpu", "tvm-cpu", "tvm-x86-64-v3", "tvm-aarch64")
 
 
 @dataclass(frozen=True)
