@@ -24,6 +24,7 @@ from typing import Any
 # read when Triton is imported: the interpreter has nothing to compile
 os.environ.pop("TRITON_INTERPRET", None)
 
+sys.path.append(str(Path(__file__).parent))
 import torch
 import triton
 from kernel_cases import CASES, operands_of
