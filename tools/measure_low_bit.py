@@ -25,7 +25,7 @@ from results_file import FOLDER, ResultsFile
 
 from xformopt.capture.resolve import MINILM
 from xformopt.errors import XformoptError
-from xformopt.evaluation import calibration_of, judge, program_subject
+from xformopt.evaluation import Subject, calibration_of, judge, program_subject
 from xformopt.measure.statistics import paired_difference
 from xformopt.models.tasks.task import Score, Task
 from xformopt.models.zoo import find_trained
@@ -69,6 +69,7 @@ class Case:
     task: Task
     exact: Program
     eager: Score
+    original: Subject | None
     calibration: list[dict[str, torch.Tensor]]
 
 
@@ -109,8 +110,11 @@ def cases(name: str) -> list[Case]:
         task = task_for(name, original.label)
         calibration = calibration_of(task, original.program)
         exact = Pipeline.recipe("exact").run(original.program, calibration=calibration).program
-        eager = judge(task, program_subject(original.program, label), None).score
-        found.append(Case(task, exact, eager, calibration))
+        # a task that scores by agreement with the original has to know it
+        subject = program_subject(original.program, label)
+        compared = subject if name == "retrieval" else None
+        eager = judge(task, subject, compared).score
+        found.append(Case(task, exact, eager, compared, calibration))
         print(f"{label}: fp32 {eager.value:.4f}", flush=True)
     return found
 
@@ -126,7 +130,7 @@ def run_passes(name: str, folds: Sequence[Case], passes: Sequence[str]) -> Reach
             program = result.program
             reached.notes |= {rejected.reason for rejected in result.rejected}
         reached.seconds += time.perf_counter() - begin
-        reached.scores.append(judge(fold.task, program_subject(program, name), None).score)
+        reached.scores.append(judge(fold.task, program_subject(program, name), fold.original).score)
     print(f"{name}: {' '.join(passes)}: {reached.value:.4f} in {reached.seconds:.0f} s", flush=True)
     return reached
 

@@ -26,11 +26,11 @@ from reference_models import REFERENCE
 from results_file import FOLDER, ResultsFile, beside, timed
 
 import xformopt as xo
+from xformopt import evaluation
 from xformopt.analysis import cost
 from xformopt.benchmark import Candidate
 from xformopt.capture.resolve import MINILM
 from xformopt.errors import PassError, XformoptError
-from xformopt.evaluation import artifact_subject, calibration_of, judge
 from xformopt.lowering.artifact import Artifact
 from xformopt.models.tasks.task import Score, Task
 from xformopt.models.zoo import find_trained
@@ -94,6 +94,8 @@ class Subject:
     task: Task | None
     exact: Program
     more: Sequence[dict[str, torch.Tensor]] = ()
+    # where the task scores by agreement with it
+    original: evaluation.Subject | None = None
     score: Score | None = None
 
 
@@ -110,10 +112,11 @@ def subject_of(name: str) -> Subject:
     label = name if name == MINILM else find_trained(name).on_fold(0).label
     program = capture_original(label).program
     task = task_for("retrieval" if name == MINILM else find_trained(name).task, label)
-    samples = calibration_of(task, program)
-    more = calibration_of(replace(task, samples=RECOVERY_SAMPLES), program)
+    samples = evaluation.calibration_of(task, program)
+    more = evaluation.calibration_of(replace(task, samples=RECOVERY_SAMPLES), program)
     exact = run_passes(program, (), samples)
-    return Subject(name, program, dict(program.example_inputs), samples, task, exact, more)
+    original = evaluation.program_subject(program, label) if name == MINILM else None
+    return Subject(name, program, dict(program.example_inputs), samples, task, exact, more, original)
 
 
 def run_passes(
@@ -157,7 +160,9 @@ def build(program: Program, folder: Path) -> Artifact:
 
 def scored(subject: Subject, artifact: Artifact) -> Score | None:
     """Judge an artifact on the task, if there is one."""
-    return None if subject.task is None else judge(subject.task, artifact_subject(artifact), None).score
+    if subject.task is None:
+        return None
+    return evaluation.judge(subject.task, evaluation.artifact_subject(artifact), subject.original).score
 
 
 def measure(name: str, wanted: Mapping[str, str]) -> dict[str, Any]:
