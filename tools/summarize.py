@@ -132,11 +132,19 @@ def lengths(found: Mapping[str, Any]) -> str:
     )
 
 
+def tvm(found: Mapping[str, Any]) -> str:
+    """TVM's target beside ONNX Runtime's."""
+    rows = [[name, *(f"{ratio:.2f}" for ratio in entry["p50_over_ort_cpu"].values())] for name, entry in found.items()]
+    columns = next(iter(found.values()))["p50_over_ort_cpu"]
+    return "Median latency over that of `ort-cpu`, of the exact program.\n\n" + table(["model", *columns], rows)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "reduction": ("Doing less", reduction),
     "low-bit": ("Few bits", low_bit),
     "packing": ("Padding-free execution", packing),
     "lengths": ("Attention against length", lengths),
+    "tvm": ("TVM", tvm),
 }
 
 
