@@ -205,6 +205,7 @@ def main() -> None:
         compared = next((mixer for mixer in mixers if mixer.name == base), None)
         runs += [mixer.record(compared, chosen.threads) for mixer in mixers]
     setting = {"heads": HEADS, "head_width": DEPTH, "window": WINDOW, "block": BLOCK, "rounds": chosen.rounds}
+    setting |= {"interleaved": True, "process_per_run": True}
     machine = MachineRecord(**asdict(describe_machine()))
     source = "the token mixing of one layer"
     BenchReport(machine=machine, runs=runs, source=source, protocol=setting).to_json(chosen.output)

@@ -291,7 +291,7 @@ def test_runs_at_several_lengths_are_drawn_against_length() -> None:
     assert said["slow"] == "never here"
     assert said["fast"] == "at every length here"
     assert said["there and back"].startswith("from 1,1")
-    page = render([report(runs=runs)])
+    page = render([report(runs=runs, protocol={"rounds": 3})])
     assert "Latency against length" in page
     assert "length 256 to 4,096" in page
     assert sweep(report().runs) is None
