@@ -2,7 +2,7 @@
 
     python tools/train.py digits-vit                 all folds, one after the other; writes their checkpoints
     python tools/train.py digits-vit --fold 2        one of them
-    python tools/train.py digits-vit --check         train again beside the checkpoints, write nothing, and compare
+    python tools/train.py digits-vit --check         train again beside the checkpoints, and compare
     python tools/train.py digits-vit --judge         judge the checkpoints that are there, train nothing
 
 One thread, whatever the machine has: sums in another order would end in other weights.  Folds may be trained side by
@@ -15,7 +15,8 @@ differently, training amplifies that, and the metric lands elsewhere within its 
 with status 1 when the metric of the model trained again differs from that of the checkpoint by more than the model's
 tolerance: half a point of accuracy on the digits, two points on recall and listops, 0.02 bits per byte on
 pycode, 0.01 of the mean squared error on forecast (``Trained.tolerance``).  The tolerance is for all folds together; n
-of N have sqrt(N / n) times the room, since they have so many fewer items.
+of N have sqrt(N / n) times the room, since they have so many fewer items.  What a check of all folds finds is kept in
+tools/results/retraining.json.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+sys.path.append(str(Path(__file__).parent))
+from results_file import FOLDER, ResultsFile
 
 from xformopt.errors import XformoptError
 from xformopt.models.checkpoint import load_checkpoint, save_checkpoint
@@ -39,6 +44,8 @@ from xformopt.tasks import find_task
 
 # metric and number of items of one fold
 Result = tuple[float, int]
+
+RESULTS = ResultsFile(FOLDER / "retraining.json", "xformopt/retraining/1")
 
 
 def train(model: Trained) -> Result:
@@ -94,13 +101,21 @@ def check(model: Trained) -> tuple[Result, Result]:
     return stored, judged(model, module, f"{model.label}, trained again")
 
 
-def agrees(model: Trained, pairs: list[tuple[Result, Result]]) -> bool:
-    """Say whether the folds that were trained again come as near to their checkpoints as the tolerance asks."""
-    difference = mean([again for _, again in pairs]) - mean([stored for stored, _ in pairs])
+def compare(model: Trained, pairs: list[tuple[Result, Result]]) -> dict[str, Any]:
+    """Compare the folds that were trained again with their checkpoints, as the tolerance asks."""
+    stored, again = mean([found for found, _ in pairs]), mean([found for _, found in pairs])
     room = model.tolerance * math.sqrt(model.folds / len(pairs))
-    verdict = "reproduced" if abs(difference) <= room else "NOT reproduced"
-    print(f"{model.name}: {verdict}: differs by {difference:+.4f}, may differ by {room:.4f}, on {len(pairs)} folds")
-    return abs(difference) <= room
+    agrees = abs(again - stored) <= room
+    verdict = "reproduced" if agrees else "NOT reproduced"
+    print(f"{model.name}: {verdict}: differs by {again - stored:+.4f}, may differ by {room:.4f}, on {len(pairs)} folds")
+    return {
+        "task": model.task,
+        "folds": [{"stored": found[0], "again": other[0], "items": found[1]} for found, other in pairs],
+        "stored": stored,
+        "again": again,
+        "tolerance": room,
+        "reproduced": agrees,
+    }
 
 
 def mean(results: list[Result]) -> float:
@@ -114,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name")
     parser.add_argument("--fold", type=int)
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--check", action="store_true", help="train again, write nothing, and compare")
+    instead.add_argument("--check", action="store_true", help="train again beside the checkpoints, and compare")
     instead.add_argument("--judge", action="store_true", help="judge the checkpoints, train nothing")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -122,7 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
         model = find_trained(given.name)
         folds = [model.on_fold(fold) for fold in (range(model.folds) if given.fold is None else [given.fold])]
         if given.check:
-            return 0 if agrees(model, [check(fold) for fold in folds]) else 1
+            found = compare(model, [check(fold) for fold in folds])
+            if len(folds) == model.folds:
+                RESULTS.put(model.name, found)
+            return 0 if found["reproduced"] else 1
         results = [judge(fold) if given.judge else train(fold) for fold in folds]
     except XformoptError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

@@ -81,10 +81,22 @@ def test_another_checkpoint_is_told_apart(model: Trained, tool: ModuleType, caps
     assert "digits-linear: NOT reproduced: differs by +0." in capsys.readouterr().out
 
 
+def test_a_check_of_all_folds_is_kept(model: Trained, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tool.ResultsFile(model.path.parent / "retraining.json", "xformopt/retraining/1")
+    monkeypatch.setattr(tool, "RESULTS", kept)
+    assert tool.main(["digits-linear"]) == 0
+    assert tool.main(["digits-linear", "--fold", "1", "--check"]) == 0
+    assert not kept.path.exists()
+    assert tool.main(["digits-linear", "--check"]) == 0
+    found = kept.entries()["digits-linear"]
+    assert found["again"] == found["stored"]
+    assert sum(fold["items"] for fold in found["folds"]) == 1797
+
+
 @pytest.mark.parametrize(("distance", "agrees"), [(0.004, True), (0.006, False), (-0.006, False)])
 def test_the_tolerance_of_all_folds(distance: float, agrees: bool, model: Trained, tool: ModuleType) -> None:
     pairs = [((0.9, 100), (0.9 + distance, 100))] * 5
-    assert tool.agrees(model, pairs) is agrees
+    assert tool.compare(model, pairs)["reproduced"] is agrees
 
 
 def test_refusals(model: Trained, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
