@@ -26,7 +26,7 @@ def skip_layer_normalization(b: Builder, node: XfNode) -> tuple[ir.Value, ir.Val
     width = node.shape("x")[-1]
     weight = node["weight"]
     if weight is None:
-        weight = b.constant(np.ones(width, node["x"].dtype.numpy()))
+        weight = b.constant(np.ones(width), node["x"].dtype.numpy())
     normalized, _, _, total = b.ops(
         "SkipLayerNormalization",
         node["x"],

@@ -26,7 +26,7 @@ def skip_simplified_layer_normalization(b: Builder, node: XfNode) -> tuple[ir.Va
     """ONNX Runtime's fused operator."""
     weight = node["weight"]
     if weight is None:
-        weight = b.constant(np.ones(node.shape("x")[-1], node["x"].dtype.numpy()))
+        weight = b.constant(np.ones(node.shape("x")[-1]), node["x"].dtype.numpy())
     normalized, _, _, total = b.ops(
         "SkipSimplifiedLayerNormalization",
         node["x"],

@@ -20,7 +20,7 @@ def layer_normalization(b: Builder, node: XfNode) -> ir.Value:
     x, groups = node["x"], node["groups"]
     weight = node["weight"]
     if weight is None:
-        weight = b.constant(np.ones(node.size("x", -1) // groups, x.dtype.numpy()))
+        weight = b.constant(np.ones(node.size("x", -1) // groups), x.dtype.numpy())
 
     def normalize(parts: ir.Value) -> ir.Value:
         return b.op("LayerNormalization", parts, weight, node["bias"], axis=-1, epsilon=node["eps"])

@@ -42,7 +42,7 @@ def _weight(b: Builder, node: XfNode) -> ir.Value:
     weight: ir.Value | None = node["weight"]
     if weight is not None:
         return weight
-    return b.constant(np.ones(node.size("x", -1) // node["groups"], node["x"].dtype.numpy()))
+    return b.constant(np.ones(node.size("x", -1) // node["groups"]), node["x"].dtype.numpy())
 
 
 FORMS = (

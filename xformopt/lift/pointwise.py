@@ -9,6 +9,7 @@ from xformopt.kernels.activation import FUNCTIONS
 from xformopt.kernels.definition import xf
 from xformopt.lift.probe import Probe, operator_name
 from xformopt.program import value_of
+from xformopt.program.precision import HALF_PRECISIONS
 from xformopt.rewrite import Editor
 
 __all__ = ["lift_activation", "lift_glu"]
@@ -23,7 +24,7 @@ _POINTWISE = frozenset(
 # a formula ends in one of these; anything else cannot be the last step of an activation
 _LAST = frozenset(("mul", "div", "gelu", "silu", "relu", "clamp_min", "clamp"))
 _MAX_STEPS = 14
-# where clamps act; a square or a cube of it is still a number in every dtype but float16
+# where clamps act; a square or a cube of it is still a number
 _FAR = torch.tensor([20.0, 60.0, 250.0, 1e3, 1e4])
 
 
@@ -78,13 +79,15 @@ def _identify(editor: Editor, node: fx.Node, source: fx.Node) -> tuple[fx.Node, 
         return None
     # beyond |x| = 12 every activation is its asymptote; the middle tells exact and approximate GELU apart
     grid = torch.cat([torch.linspace(-12, 12, 4001), torch.linspace(-0.1, 0.1, 501), _FAR, -_FAR])
-    grid = grid.to(value_of(source).dtype)
+    # in 16 bits each step would round: the steps are those of any type, unless the model casts between them
+    half = value_of(source).dtype in HALF_PRECISIONS
+    grid = grid if half else grid.to(value_of(source).dtype)
     known = Probe(editor.program).run(node, {source: grid}, _is_pointwise)
     if not isinstance(known, torch.Tensor) or known.shape != grid.shape:
         return None
     for name, function in FUNCTIONS.items():
         # relu rounds nothing, and a clamp at 1e-9 (a guard against division by zero) is not one
-        close = 0.0 if name == "relu" else 2e-6
+        close = 0.0 if name == "relu" else max(2e-6, torch.finfo(known.dtype).eps)
         if torch.allclose(known.double(), function(grid.double()), rtol=close, atol=close):
             return source, name
     return None

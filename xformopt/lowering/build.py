@@ -24,12 +24,13 @@ from xformopt.lowering.manifest import (
     SessionSettings,
     arithmetic_of,
     execution_of,
+    half_precision_of,
     precision_of,
     rounds_activations,
     specs_of,
 )
 from xformopt.lowering.onnx_export import export_onnx
-from xformopt.lowering.onnx_files import write_onnx
+from xformopt.lowering.onnx_files import store_in_half, write_onnx
 from xformopt.lowering.onnx_forms import build_graph
 from xformopt.lowering.openvino import require_openvino
 from xformopt.lowering.ort_session import require_onnxruntime
@@ -39,7 +40,7 @@ from xformopt.lowering.tvm_build import MODEL as LIBRARY
 from xformopt.lowering.tvm_build import TVM_TARGETS, check_toolchain, runs_here, write_library
 from xformopt.lowering.tvm_tuning import Tiling, choose_tiles
 from xformopt.measure.machine import describe_machine
-from xformopt.program import Level, Program
+from xformopt.program import Level, Program, widened
 from xformopt.program.storage import save_tensors
 
 __all__ = ["lower_program"]
@@ -87,6 +88,11 @@ def lower_program(
 
     """
     _check_target(target)
+    if captured is None and program.level == Level.CAPTURED:
+        captured = program
+    told = {"precision": precision_of(program), "execution": execution_of(program)}
+    # no target here computes in 16 bits: they are what weights are stored in
+    half, program = half_precision_of(program), widened(program)
     inputs = reference_inputs(program, sizes)
     progress("exporting", 0, 3)
     expected = {name: value.detach() for name, value in program.run(inputs).items()}
@@ -119,17 +125,15 @@ def lower_program(
                 )
             progress("writing", 1, 3)
             model, forms = build_graph(exported, tuned.forms, standard_only=target != "ort-cpu")
+            if half is not None:
+                store_in_half(model, half)
             write_onnx(model, workspace.path / _MODEL)
             written = _Written(_MODEL, forms, tuned)
         (workspace.path / "program.txt").write_text(str(program), encoding="utf-8")
         save_tensors(inputs, workspace.path / "reference_inputs.safetensors")
         save_tensors(expected, workspace.path / "reference_outputs.safetensors")
         copy_extra(tuple(Path(file) for file in files), workspace.path)
-    manifest = _describe(program, target, settings, written, inputs).model_copy(
-        update={"source": source, "history": tuple(history)}
-    )
-    if captured is None and program.level == Level.CAPTURED:
-        captured = program
+    manifest = _describe(program, target, settings, written, inputs, source=source, history=tuple(history), **told)
     # a benchmark opens the folder in a process of its own before it is saved
     (workspace.path / FILE_NAME).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     artifact = Artifact(manifest, workspace.path, captured=captured, workspace=workspace)
@@ -146,6 +150,7 @@ def _describe(
     settings: SessionSettings,
     written: _Written,
     inputs: Mapping[str, torch.Tensor],
+    **told: Any,
 ) -> Manifest:
     specs = specs_of(program)
     if written.sizes is not None:
@@ -155,8 +160,6 @@ def _describe(
         name=program.name,
         target=target,
         model=written.model,
-        precision=precision_of(program),
-        execution=execution_of(program),
         session=settings,
         forms=written.forms,
         tuning=written.tuned.records,
@@ -164,6 +167,7 @@ def _describe(
         fingerprint=program.fingerprint,
         machine={key: value for key, value in describe_machine().to_dict().items() if key not in _MOMENTARY},
         **specs,
+        **told,
     )
 
 
@@ -227,7 +231,10 @@ def _check_parity(
     try:
         found = artifact.session.run({name: value.numpy() for name, value in inputs.items()})
     except ArtifactError as error:
-        raise LoweringError(f"{program.name} was lowered, but its target does not take it. {error}") from error
+        advice = ""
+        if arithmetic_of(program) == "fp64":
+            advice = " Few operators run in float64: add --pass 'convert-precision{to=fp32}'."
+        raise LoweringError(f"{program.name} was lowered, but its target does not take it.{advice} {error}") from error
     name, gap = largest_gap(program, inputs, expected, found)
     if not gap <= tolerance:
         sizes = ", ".join(f"{dim}={size}" for dim, size in program.bind(inputs).items())

@@ -15,6 +15,7 @@ from torch import fx
 from xformopt.errors import ArtifactError
 from xformopt.kernels.definition import Operator, find_operator
 from xformopt.program import Program, value_of
+from xformopt.program.precision import HALF_PRECISIONS
 from xformopt.program.text import DTYPE_NAMES
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "TuningRecord",
     "arithmetic_of",
     "execution_of",
+    "half_precision_of",
     "hash_file",
     "precision_of",
     "read_manifest",
@@ -206,6 +208,12 @@ def arithmetic_of(program: Program) -> str:
     return next((name for dtype, name in reversed(_PRECISIONS.items()) if dtype in used), "fp32")
 
 
+def half_precision_of(program: Program) -> torch.dtype | None:
+    """Return the type of 16 bits that weights are stored in, if they are."""
+    used = {tensor.dtype for tensor in program.parameters.values() if tensor.dim() > 1}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in used), None)
+
+
 def rounds_activations(program: Program) -> bool:
     """Whether values are rounded on the way: between two codes, the last bit of a value decides which it becomes."""
     rounding = {"quantized_linear", _SIMULATED_FLOATS, *_SIMULATED}
@@ -234,8 +242,14 @@ def execution_of(program: Program) -> dict[str, int]:
         elif defined.name == "sparse_factor_linear":
             counted["linear layers stored as sparse times dense, computed dense"] += 1
         elif defined.name in ("linear", "linear_activation"):
-            counted["linear layers in float"] += 1
+            counted[_stored_in(value_of(node).dtype)] += 1
     return dict(sorted(counted.items()))
+
+
+def _stored_in(dtype: torch.dtype) -> str:
+    if dtype in HALF_PRECISIONS:
+        return f"linear layers stored in {_PRECISIONS[dtype]}, computed in fp32"
+    return "linear layers in float"
 
 
 def _stored_floats(program: Program) -> Iterator[tuple[Any, ...]]:

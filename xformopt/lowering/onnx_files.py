@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import torch
+
 from xformopt.errors import ArtifactError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["CandidateFolder", "check_external_data", "write_onnx"]
+__all__ = ["CandidateFolder", "check_external_data", "store_in_half", "write_onnx"]
 
 # above this the weights lie beside the graph, where a session maps them instead of copying them
 _SINGLE_FILE_BYTES = 32 << 20
@@ -30,6 +32,35 @@ def write_onnx(model: ir.Model, path: Path) -> list[Path]:
     data = path.with_name(f"{path.name}.data")
     ir.save(model, path, external_data=data.name, size_threshold_bytes=_KEPT_IN_GRAPH_BYTES)
     return [path, data]
+
+
+def store_in_half(model: ir.Model, dtype: torch.dtype) -> None:
+    """Store what float32 weights a type of 16 bits holds exactly in that type; a session widens them as it loads."""
+    import onnx_ir as ir
+    from onnx_ir import tensor_adapters
+
+    graph, casts = model.graph, []
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.nbytes <= _KEPT_IN_GRAPH_BYTES:
+            continue
+        weight = torch.from_numpy(tensor.numpy())
+        narrow = weight.to(dtype)
+        if not torch.equal(narrow.float(), weight):
+            continue
+        own = f"{name}.{str(dtype).removeprefix('torch.')}"
+        kept = tensor_adapters.TorchTensor(narrow, name=own)
+        stored = ir.Value(name=own, shape=value.shape, type=ir.TensorType(kept.dtype), const_value=kept)
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
+        wide = cast.outputs[0]
+        wide.type, wide.shape = value.type, value.shape
+        value.replace_all_uses_with(wide)
+        graph.initializers.pop(name)
+        wide.name = name
+        graph.initializers[own] = stored
+        casts.append(cast)
+    if casts:
+        graph.insert_before(graph[0], casts)
 
 
 class CandidateFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xformopt.program.dims import Dim, Dims, Shape, Size
 from xformopt.program.interpret import infer_value, interpret
+from xformopt.program.precision import convert_precision, widened
 from xformopt.program.program import Input, Level, Output, Program, path_of, shape_of, value_of
 from xformopt.program.sample import example_sizes, sample_inputs, valid_positions
 from xformopt.program.storage import load_program, save_program
@@ -17,6 +18,7 @@ __all__ = [
     "Program",
     "Shape",
     "Size",
+    "convert_precision",
     "example_sizes",
     "infer_value",
     "interpret",
@@ -27,4 +29,5 @@ __all__ = [
     "shape_of",
     "valid_positions",
     "value_of",
+    "widened",
 ]
