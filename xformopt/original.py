@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from xformopt.errors import UsageError
-from xformopt.program import Program, example_sizes, sample_inputs
+from xformopt.program import Program, example_sizes, numpy_interface, sample_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +62,14 @@ def capture_original(
     if isinstance(model, Program):
         return Original(model, model.name)
     if not isinstance(model, str | Path):
-        return Original(capture(model), type(model).__name__)
+        return Original(numpy_interface(capture(model)), type(model).__name__)
     form = classify(model)
     if isinstance(form, ArtifactDirectory):
         return _of_artifact(form.path)
     program, source = capture_source(model, trust_remote_code=trust_remote_code, length=length)
     label = str(model) if isinstance(model, str) and not Path(model).exists() else Path(model).resolve().name
+    # what runs beside it takes arrays
+    program = numpy_interface(program)
     return Original(program, label, source.files if source else (), source.notes if source else ())
 
 

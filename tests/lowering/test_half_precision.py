@@ -11,6 +11,7 @@ from torch import nn
 
 import xformopt as xo
 from xformopt.errors import LoweringError
+from xformopt.original import capture_original
 from xformopt.passes import parse_pass
 from xformopt.pipeline import Pipeline
 from xformopt.program import widened
@@ -105,3 +106,16 @@ def test_float64_runs_where_the_target_has_it_and_is_told_what_helps_elsewhere()
     with torch.no_grad():
         wanted = convolution(images)
     assert distance(wanted, xo.lower(narrowed.program, measure=False).run(input=images.numpy())["output_0"]) < 1e-5
+
+
+def test_a_model_in_bfloat16_is_compared_with_itself_on_arrays() -> None:
+    class Half(Block):
+        def example_inputs(self) -> dict[str, torch.Tensor]:
+            return {"x": x(torch.bfloat16)}
+
+    half = Half().to(torch.bfloat16).eval()
+    program = capture_original(half).program
+    assert [spec.dtype for spec in program.inputs] == [torch.float32]
+    with torch.no_grad():
+        assert torch.equal(program.run({"x": x()})["output_0"], half(x(torch.bfloat16)).float())
+    assert program.parameter_bytes == sum(2 * parameter.numel() for parameter in half.parameters())

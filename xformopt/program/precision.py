@@ -14,7 +14,7 @@ from torch import fx
 from xformopt.program.interpret import infer_value
 from xformopt.program.program import Program
 
-__all__ = ["HALF_PRECISIONS", "convert_precision", "widened"]
+__all__ = ["HALF_PRECISIONS", "convert_precision", "numpy_interface", "widened"]
 
 aten = torch.ops.aten
 
@@ -28,6 +28,12 @@ def widened(program: Program) -> Program:
     have, become float32; those in float16 stay.
     """
     return convert_precision(program, HALF_PRECISIONS, torch.float32, interface={torch.bfloat16})
+
+
+def numpy_interface(program: Program) -> Program:
+    """Return the program with float32 inputs and outputs where they were bfloat16; inside, all is as before."""
+    bfloat16 = {torch.bfloat16}
+    return convert_precision(program, bfloat16, torch.float32, keep=lambda node: True, interface=bfloat16)
 
 
 def convert_precision(
