@@ -136,12 +136,40 @@ def tvm(found: Mapping[str, Any]) -> str:
     return "Median latency over that of `ort-cpu`, of the exact program.\n\n" + table(["model", *columns], rows)
 
 
+def retraining(found: Mapping[str, Any]) -> str:
+    """Models that were trained again from nothing."""
+    rows = [
+        [
+            name,
+            entry["task"],
+            str(sum(fold["items"] for fold in entry["folds"])),
+            f"{entry['stored']:.4f}",
+            f"{entry['again']:.4f}",
+            f"{entry['tolerance']:.4f}",
+        ]
+        for name, entry in found["models"].items()
+    ]
+    columns = ["model", "task", "items", "checkpoint", "trained again", "tolerance"]
+    return "`tools/train.py NAME --check`, all folds, one thread.\n\n" + table(columns, rows)
+
+
+def reconstruction(found: Mapping[str, Any]) -> str:
+    """Block-wise reconstruction."""
+    rows = [
+        [name, f"{entry['seconds']:.0f}", f"{entry['relative_l2']:.4f}"] for name, entry in found["methods"].items()
+    ]
+    about = f"{found['model']}, 4-bit weights, {found['samples']} random images, {found['threads']} threads"
+    return f"{about}.\n\n" + table(["rounding", "seconds", "relative L2 on other images"], rows)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "reduction": ("Doing less", reduction),
     "low-bit": ("Few bits", low_bit),
+    "reconstruction": ("Weights rounded as training finds", reconstruction),
     "packing": ("Padding-free execution", packing),
     "lengths": ("Attention against length", lengths),
     "tvm": ("TVM", tvm),
+    "retraining": ("Trained again", retraining),
 }
 
 
