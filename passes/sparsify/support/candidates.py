@@ -21,6 +21,7 @@ _IN_PART = (
     xf.local_attention,
     xf.mra_attention,
     xf.prob_sparse_attention,
+    xf.routing_attention,
 )
 
 
