@@ -10,7 +10,6 @@ output is close to the attention's.
 By FFT the form is ``O(m E T log T)`` a head.  On a CPU that is slower than the products up to beyond 8,000 tokens, and
 the kernel takes the products over all pairs: no time is saved, which the crossover shows.  Where the bias is looked up
 for all pairs it still is, and its first and last row are what the form reads.
-ort-cpu takes the form at a fixed length only.
 
 Luo et al., Stable, Fast and Accurate: Kernelized Attention with Relative Positional Encoding, NeurIPS 2021, arXiv
 2106.12566; Choromanski et al., Performer, ICLR 2021, arXiv 2009.14794 (the features).
