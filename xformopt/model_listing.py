@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelInfo", "list_models"]
 
-# the name that capture knows it by, without an import of all that capture needs
-_MINILM = "minilm"
 _MINILM_SOURCES = (
     "Wang et al. 2020, MiniLM: Deep Self-Attention Distillation, arXiv 2002.10957",
     "Reimers & Gurevych 2019, Sentence-BERT, arXiv 1908.10084",
@@ -138,9 +136,10 @@ def _describe(found: Architecture | Trained) -> ModelInfo:
 
 def _describe_minilm() -> ModelInfo:
     from xformopt.capture.huggingface import load_directory, minilm_directory
+    from xformopt.capture.resolve import MINILM
 
     about = (
-        _MINILM,
+        MINILM,
         "all-MiniLM-L6-v2, pretrained sentence embeddings; weights with the extra `demo`",
         _MINILM_SOURCES,
     )
