@@ -30,9 +30,16 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from xformopt.errors import DataError
 from xformopt.match import arguments, xf
 from xformopt.passes.sparsify.localize_attention import widest_window
-from xformopt.passes.sparsify.support.candidates import bias_refusal, find_attentions, longest_of, refusal
+from xformopt.passes.sparsify.support.candidates import (
+    bias_refusal,
+    find_attentions,
+    length_on,
+    longest_of,
+    refusal,
+)
 from xformopt.passes.sparsify.support.centroids import find_centroids, near_mass, routed_vectors
 from xformopt.pipeline import Context, Effect, RewritePass
 from xformopt.program import Program, path_of, shape_of
@@ -48,7 +55,8 @@ class RouteAttention(RewritePass):
     """Let tokens attend inside of clusters of equal size.
 
     Attributes:
-        clusters: How many, which is also by what part less is computed; None: the root of the longest input.
+        clusters: How many, which is also by what part less is computed; None: the root of the longest input (of the
+            calibration data, where nothing bounds it).
         local: Share of the heads that attend to a window instead.
         causal: Whether attention takes part in which queries see no later keys.
 
@@ -71,10 +79,17 @@ class RouteAttention(RewritePass):
         """Return the one rule; it fires at the attention."""
         every = set(find_attentions(program))
         nodes = [node for node in program.nodes() if node.name in every]
-        reasons = {node.name: reason for node in nodes if (reason := self._refusal(program, node)) is not None}
+        if nodes and not context.calibration:
+            raise DataError(
+                "Clusters of tokens are found on calibration data, and there is none. Give some with --calibration (or "
+                "calibration=... in Python)."
+            )
+        longest = {node.name: _longest(program, node, context) for node in nodes}
+        checked = ((node.name, self._refusal(program, node, longest[node.name])) for node in nodes)
+        reasons = {name: reason for name, reason in checked if reason is not None}
         able = [node for node in nodes if node.name not in reasons]
         vectors = routed_vectors(program, context.calibration, able) if able else {}
-        windows = {node.name: self._window(program, node) for node in able}
+        windows = {node.name: self._window(node, longest[node.name]) for node in able}
         known = {name: window for name, window in windows.items() if window is not None}
         looking = [node for node in able if node.name in known]
         near = near_mass(program, context.calibration, looking, known) if looking else {}
@@ -85,7 +100,7 @@ class RouteAttention(RewritePass):
                 return None
             if name in reasons:
                 return Reject(reasons[name])
-            clusters = self._clusters(editor.program, node)
+            clusters = self._clusters(longest[name])
             if clusters > vectors[name].shape[1]:
                 return Reject(
                     f"the {vectors[name].shape[1]} vectors of the data are fewer than its {clusters} clusters"
@@ -100,34 +115,37 @@ class RouteAttention(RewritePass):
 
         return (route_attention,)
 
-    def _refusal(self, program: Program, node: fx.Node) -> str | None:
+    def _refusal(self, program: Program, node: fx.Node, longest: int) -> str | None:
         reason = refusal(program, node) or bias_refusal(program, node)
         if reason is not None:
             return reason
         if arguments(node)["causal"] and not self.causal:
             return "its queries see no later keys, and which keys they meet would depend on later ones"
-        longest = longest_of(program, node)
-        if longest is None:
-            needed = self.clusters is None or self._local_heads(node) > 0
-            return "nothing bounds its length, of which a cluster is a part" if needed else None
-        clusters = self._clusters(program, node)
+        clusters = self._clusters(longest)
         if clusters < 2 or clusters > longest // 2:
             return f"its longest input of {longest} tokens makes no {clusters} clusters of at least two"
         return None
 
-    def _clusters(self, program: Program, node: fx.Node) -> int:
-        return self.clusters or round(math.sqrt(longest_of(program, node) or 0))
+    def _clusters(self, longest: int) -> int:
+        return self.clusters or round(math.sqrt(longest))
 
     def _local_heads(self, node: fx.Node) -> int:
         heads = int(arguments(node)["heads"])
         return min(round(self.local * heads), heads - 1)
 
-    def _window(self, program: Program, node: fx.Node) -> int | None:
+    def _window(self, node: fx.Node, longest: int) -> int | None:
         """Return the window of the local heads, or None where no head is one."""
-        longest = longest_of(program, node)
-        if longest is None or self._local_heads(node) == 0:
+        if self._local_heads(node) == 0:
             return None
-        return widest_window(longest, 1 / self._clusters(program, node), causal=arguments(node)["causal"])
+        return widest_window(longest, 1 / self._clusters(longest), causal=arguments(node)["causal"])
+
+
+def _longest(program: Program, node: fx.Node, context: Context) -> int:
+    """Return the largest number of tokens that an attention can meet or, where nothing bounds it, meets in the data."""
+    bound = longest_of(program, node)
+    if bound is not None:
+        return bound
+    return max((length_on(program, node, batch) for batch in context.calibration), default=0)
 
 
 def _routed(editor: Editor, node: fx.Node, centroids: torch.Tensor, heads: Sequence[int]) -> fx.Node:

@@ -10,8 +10,10 @@ import torch
 from xformopt.analysis import cost
 from xformopt.errors import DataError, UsageError
 from xformopt.lowering import lower
+from xformopt.match import xf
 from xformopt.passes import build_pass
 from xformopt.passes.recover.support.trainable import parts_of
+from xformopt.passes.sparsify.localize_attention import widest_window
 from xformopt.passes.sparsify.support.centroids import fit_centroids
 from xformopt.pipeline import Context, PassResult, Pipeline
 from xformopt.program import Program
@@ -98,6 +100,12 @@ def test_the_number_of_clusters_is_the_root_of_the_longest_input(encoder: Progra
     result = run(encoder)
     shapes = {tuple(value.shape) for name, value in result.program.parameters.items() if "centroids" in name}
     assert shapes == {(2, 6, 8)}
+
+
+def test_where_nothing_bounds_the_length_the_data_does() -> None:
+    result = run(Program.parse(TEXT.replace("length in [1, 40]", "length in [1, inf]"), seed=3), clusters=4)
+    (local,) = [node for node in result.program.nodes() if node.target is xf.local_attention]
+    assert local.kwargs["window_left"] == widest_window(40, 1 / 4, causal=False)
 
 
 def test_centroids_are_the_means_of_what_is_nearest() -> None:

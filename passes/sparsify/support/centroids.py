@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from xformopt.errors import DataError
 from xformopt.kernels.routing_attention import route
 from xformopt.match import arguments
 from xformopt.passes.samples import check_finite, sample_rows
@@ -30,14 +29,9 @@ def routed_vectors(
     Queries and, where they see later keys, keys: ``[H, N, D]`` float64.
 
     Raises:
-        DataError: there are no batches, or values are not finite.
+        DataError: values are not finite.
 
     """
-    if not batches:
-        raise DataError(
-            "Clusters of tokens are found on calibration data, and there is none. Give some with --calibration (or "
-            "calibration=... in Python)."
-        )
     read = {name: [arguments(node)[name].name for node in nodes] for name in ("q", "k")}
     rows = sample_rows(program, batches, {*read["q"], *read["k"]}, rows=_ROWS)
     return {
