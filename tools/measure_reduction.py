@@ -120,16 +120,21 @@ def subject_of(name: str) -> Subject:
 
 
 def run_passes(
-    program: Program, passes: Sequence[str], samples: Sequence[dict[str, torch.Tensor]], observe: Any = None
+    program: Program,
+    passes: Sequence[str],
+    samples: Sequence[dict[str, torch.Tensor]],
+    task: Task | None = None,
+    observe: Any = None,
 ) -> Program:
-    """Run a technique and the exact recipe.
+    """Run a technique and the exact recipe; a technique may choose by the score of validation items of the task.
 
     Raises:
         PassError: the technique left the program as it is.
 
     """
     steps = (*(parse_pass(text) for text in passes), *load_recipe("exact"))
-    result = Pipeline(steps).run(program, calibration=samples, observe=observe)
+    score = None if task is None else evaluation.score_of(task, program)
+    result = Pipeline(steps).run(program, calibration=samples, score=score, observe=observe)
     named = {step.name for step in steps[: len(passes)]}
     for record in result.history:
         if record.name in named and not record.changed:
@@ -200,6 +205,7 @@ def reduce(subject: Subject, text: str, folder: Path, flops: float) -> dict[str,
             subject.program,
             (text,),
             subject.calibration,
+            subject.task,
             lambda record, left: seen.append(left) if record.name == name else None,
         )
         row = beside(subject.score, scored(subject, build(program, folder)))

@@ -57,6 +57,7 @@ TECHNIQUES = {
     "masformer, untrained": "localize-attention{{keep={keep}}}",
     "probsparse, untrained": "rank-queries{{keep={keep}}}",
     "combiner, untrained": "combine-regions{{block={block}}}",
+    "routing, untrained": "route-attention{{clusters={clusters}}}",
 }
 BLOCKS = (64, 32, 16, 8, 4, 2)
 FEW = 128
@@ -270,7 +271,7 @@ def passes_for(subject: Subject) -> Iterator[tuple[str, str]]:
     """Yield each technique at each share, with the pass it is."""
     for label, text in TECHNIQUES.items():
         for keep in SHARES:
-            yield f"{label} {keep:.0%}", text.format(keep=keep, block=block_of(subject, keep))
+            yield f"{label} {keep:.0%}", text.format(keep=keep, block=block_of(subject, keep), clusters=round(1 / keep))
 
 
 def main() -> None:

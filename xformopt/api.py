@@ -31,6 +31,7 @@ from xformopt.evaluation import (
     evaluate,
     judge,
     program_subject,
+    score_of,
 )
 from xformopt.files import check_output, staged_file
 from xformopt.inspection import Inspection, Plan, inspect, passes_of, plan
@@ -132,8 +133,8 @@ def optimize(
         recipe: A recipe by name or file; None: none.
         passes: Further passes, as objects or as text (``"fuse-qkv{option=value}"``).
         calibration: A file (see ``xformopt.calibration``), or batches of tensors by input name.
-        task: A task or its name: judges the result and the original, and supplies the calibration data where none is
-            given.
+        task: A task or its name: judges the result and the original, supplies the calibration data where none is
+            given, and, on validation items, the score that passes may choose by.
         batch: Size of the batch to choose forms for and to measure at; that of the example where left out.
         length: The same of the length.
         max_drift: Largest relative L2 to the original that a lossy pass may reach.
@@ -166,8 +167,9 @@ def optimize(
     original = capture_original(model, trust_remote_code=trust_remote_code, length=length)
     chosen = task_for(task, original.label) if task is not None else None
     batches = _batches(calibration, original)
+    eager = program_subject(original.program, original.label)
     if chosen is not None:
-        check_fit(chosen, program_subject(original.program, original.label))
+        check_fit(chosen, eager)
         batches = [*batches] or calibration_of(chosen, original.program)
     sizes = chosen_sizes(original.program, batch, length)
     inputs = chosen_inputs(original.program, batch, length, seed=seed)
@@ -181,6 +183,7 @@ def optimize(
         assume=assume,
         measure=(lambda before, after: measured_speedup(before, after, target, inputs, settings)) if measures else None,
         time=lambda programs: measured_times(programs, target, threads=threads),
+        score=score_of(chosen, original.program) if chosen is not None else None,
         observe=observe,
         progress=progress,
     )
@@ -197,10 +200,7 @@ def optimize(
         files=original.files,
         progress=progress,
     )
-    evaluation = None
-    if chosen is not None:
-        eager = program_subject(original.program, original.label)
-        evaluation = judge(chosen, artifact_subject(artifact), eager, progress)
+    evaluation = judge(chosen, artifact_subject(artifact), eager, progress) if chosen is not None else None
     report = None
     if bench:
         report = _against_the_original(artifact, original, inputs, settings, result.history, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "judge",
     "program_subject",
+    "score_of",
 ]
 
 
@@ -221,6 +223,29 @@ def calibration_of(task: Task, program: Program) -> list[dict[str, torch.Tensor]
     return batches
 
 
+def score_of(task: Task, original: Program) -> Callable[[Program], float] | None:
+    """Return what programs reach on the task's validation items, higher is better; None where it has none.
+
+    A metric that is better the lower counts by its negative.  Programs take what ``original`` takes, with which a task
+    may compare them.
+    """
+    batches = list(task.validation())
+    if not batches:
+        return None
+    run = _fitted(task, program_subject(original, original.name))
+
+    @cache
+    def answers() -> dict[int, Tensors]:
+        return {id(batch.inputs): run(batch.inputs) for batch in batches}
+
+    def score(program: Program) -> float:
+        tried = _fitted(task, program_subject(program, program.name))
+        value = task.compare(tried, lambda inputs: answers()[id(inputs)], batches=batches).value
+        return value if task.higher_is_better else -value
+
+    return score
+
+
 def program_subject(program: Program, name: str) -> Subject:
     """Return a Program that torch runs node by node."""
     inputs = {spec.name: spec.shape for spec in program.inputs}
@@ -276,7 +301,8 @@ def _on_target(
         return replace(program_subject(program, original.label), target=target, run=run)
     steps = Pipeline(passes_of(recipe))
     calibration = calibration_of(task, program) if any(step.effect != "exact" for step in steps.passes) else ()
-    result = steps.run(program, calibration, target, progress=progress)
+    score = score_of(task, program) if calibration else None
+    result = steps.run(program, calibration, target, score=score, progress=progress)
     return artifact_subject(lower(result.program, target, measure=False, threads=threads, progress=progress))
 
 

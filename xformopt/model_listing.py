@@ -1,20 +1,28 @@
-"""What a listing says of every zoo model: where it was published, how large it is, and what running it costs."""
+"""What a listing says of every zoo model: where it was published, how large it is, and what running it costs.
+
+Counting builds every model and runs it on shapes, which takes seconds; what was found is kept in the cache folder for
+as long as the source of the models and the releases that count stay the same.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from xformopt.errors import MissingExtraError, OutputError
+from xformopt.files import cache_folder, write_atomically
 
-from xformopt.capture.resolve import MINILM
-from xformopt.errors import MissingExtraError
-from xformopt.models.architecture import Architecture
-from xformopt.models.trained import Trained
-from xformopt.models.zoo import find_model, model_names
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from xformopt.models.architecture import Architecture
+    from xformopt.models.trained import Trained
 
 __all__ = ["ModelInfo", "list_models"]
 
@@ -57,14 +65,56 @@ class ModelInfo:
 
 def list_models() -> list[ModelInfo]:
     """Describe every model; nothing but shapes is computed, except for the one that comes with an extra."""
-    return sorted((_describe_minilm(), *(_describe(find_model(name)) for name in model_names())), key=_by_name)
+    kept = cache_folder() / "models" / f"{_digest()}.json"
+    known = _read(kept)
+    if known is not None:
+        return known
+    found = _described()
+    if all(info.flops is not None for info in found):
+        try:
+            write_atomically(kept, json.dumps([info.to_dict() for info in found], indent=1))
+        except (OSError, OutputError):
+            # a cache that cannot be written only costs time
+            return found
+    return found
 
 
-def _by_name(info: ModelInfo) -> str:
-    return info.name
+def _described() -> list[ModelInfo]:
+    from xformopt.models.zoo import find_model, model_names
+
+    found = (_describe_minilm(), *(_describe(find_model(name)) for name in model_names()))
+    return sorted(found, key=lambda info: info.name)
+
+
+def _digest() -> str:
+    """Return a hash of all that a listing depends on: the source of the zoo, its checkpoints, and who counts."""
+    import xformopt.models
+
+    (folder,) = (Path(place) for place in xformopt.models.__path__)
+    found = hashlib.blake2b(digest_size=16)
+    for name in ("xformopt", "torch"):
+        found.update(importlib.metadata.version(name).encode())
+    for path in (Path(__file__), *sorted(folder.rglob("*.py"))):
+        found.update(path.name.encode() + path.read_bytes())
+    for path in sorted(folder.rglob("*.safetensors")):
+        found.update(path.name.encode())
+    return found.hexdigest()
+
+
+def _read(path: Path) -> list[ModelInfo] | None:
+    try:
+        found = [ModelInfo(**entry) for entry in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError):
+        # a damaged answer is found again
+        return None
+    return [replace(info, sources=tuple(info.sources)) for info in found]
 
 
 def _describe(found: Architecture | Trained) -> ModelInfo:
+    import torch
+
+    from xformopt.models.trained import Trained
+
     # on the meta device weights have shapes and no values
     with torch.device("meta"):
         module = found.module().eval().requires_grad_(False)
@@ -86,8 +136,13 @@ def _describe(found: Architecture | Trained) -> ModelInfo:
 
 def _describe_minilm() -> ModelInfo:
     from xformopt.capture.huggingface import load_directory, minilm_directory
+    from xformopt.capture.resolve import MINILM
 
-    about = (MINILM, "all-MiniLM-L6-v2, pretrained sentence embeddings; weights with the extra `demo`", _MINILM_SOURCES)
+    about = (
+        MINILM,
+        "all-MiniLM-L6-v2, pretrained sentence embeddings; weights with the extra `demo`",
+        _MINILM_SOURCES,
+    )
     try:
         source = load_directory(minilm_directory())
     except MissingExtraError:
@@ -107,6 +162,9 @@ def _count_parameters(module: nn.Module) -> int:
 
 
 def _count_flops(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(**inputs)
     return int(counter.get_total_flops())

@@ -6,14 +6,13 @@ what they get is scattered over the means.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
-from xformopt.kernels.onnx_softmax import bounded, hide
+from xformopt.kernels.onnx_gathered import GatheredAttention
+from xformopt.kernels.onnx_softmax import hide
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,63 +33,14 @@ def gathered(b: Builder, node: XfNode) -> ir.Value:
     places = b.op("Unsqueeze", numbers, writer.ints(-1))
     mixed = b.op("ScatterND", flat, places, writer.attended(chosen, numbers))
     apart = b.reshape(mixed, -1, node["heads"], writer.length, writer.depth("v"))
-    return b.reshape(b.op("Transpose", apart, perm=[0, 2, 1, 3]), 0, 0, node.size("v", -1))
+    return writer.joined(apart)
 
 
 FORMS = (Form("gathered", gathered, is_standard=True),)
 
 
-@dataclass
-class _Writer:
+class _Writer(GatheredAttention):
     """Writes one node; ``u`` (in shapes) is how many queries attend."""
-
-    b: Builder
-    node: XfNode
-
-    def ints(self, *values: int) -> ir.Value:
-        """Return integers as a tensor with one axis."""
-        return self.b.constant(values, np.int64)
-
-    def depth(self, name: str) -> int:
-        """Return the width of a head."""
-        return self.node.size(name, -1) // int(self.node["heads"])
-
-    @cached_property
-    def length(self) -> ir.Value:
-        """T, as a tensor of one element."""
-        return self.b.size(self.node["q"], 1)
-
-    @cached_property
-    def queries(self) -> ir.Value:
-        """The scaled queries, ``[B, H, T, D]``."""
-        return self._heads(self.b.op("Mul", self.node["q"], self.b.scalar(self.node["scale"], self.node["q"])), "q")
-
-    @cached_property
-    def keys(self) -> ir.Value:
-        """The keys, ``[B, H, T, D]``."""
-        return self._heads(self.node["k"], "k")
-
-    @cached_property
-    def values(self) -> ir.Value:
-        """The values, ``[B, H, T, E]``."""
-        return self._heads(self.node["v"], "v")
-
-    @cached_property
-    def exists(self) -> ir.Value | None:
-        """Which tokens exist, ``[B, T]`` as bytes; None: all."""
-        mask = self.node["key_mask"]
-        return None if mask is None else self.b.op("Cast", mask, to=_UINT8)
-
-    @cached_property
-    def bias(self) -> ir.Value | None:
-        """The bias without infinities."""
-        return None if self.node["bias"] is None else bounded(self.b, self.node["bias"], self.node["q"])
-
-    @cached_property
-    def start(self) -> ir.Value:
-        """The number of the first query of each head, ``[B, H, 1]``."""
-        every = self.b.reshape(self._numbers(self.node["heads"]), -1, self.node["heads"], 1)
-        return self.b.op("Mul", every, self.length)
 
     def best(self) -> ir.Value:
         """Return the queries that attend, ``[B, H, u]``."""
@@ -122,11 +72,11 @@ class _Writer:
     def attended(self, chosen: ir.Value, numbers: ir.Value) -> ir.Value:
         """Return what the chosen queries attend to, ``[B, H, u, E]``; ``numbers`` are theirs among all heads'."""
         b, q = self.b, self.node["q"]
-        rows = b.op("Gather", b.reshape(self.queries, -1, self.depth("q")), numbers, axis=0)  # [B, H, u, D]
+        rows = self.rows(self.queries, "q", numbers)
         logits = b.op("MatMul", rows, b.op("Transpose", self.keys, perm=[0, 1, 3, 2]))  # [B, H, u, T]
         if self.bias is not None:
             flat = b.reshape(self.bias, -1, self.length)
-            logits = b.op("Add", logits, b.op("Gather", flat, self._of_bias(chosen), axis=0))
+            logits = b.op("Add", logits, b.op("Gather", flat, self.rows_of_bias(chosen), axis=0))
         visible = self._visible(chosen)
         if visible is None:
             return b.op("MatMul", b.op("Softmax", logits, axis=-1), self.values)
@@ -161,27 +111,3 @@ class _Writer:
             earlier = b.op("LessOrEqual", at, b.op("Unsqueeze", chosen, self.ints(-1)))
             visible = earlier if visible is None else b.op("And", visible, earlier)
         return visible
-
-    def _of_bias(self, chosen: ir.Value) -> ir.Value:
-        """Return the row of each chosen query in the bias, whose batch or heads may be one."""
-        b, (batch, heads) = self.b, self.node.shape("bias")[:2]
-        rows = chosen
-        if heads != 1:
-            each = b.constant(np.arange(self.node["heads"]).reshape(1, -1, 1), np.int64)
-            rows = b.op("Add", rows, b.op("Mul", each, self.length))
-        if batch != 1:
-            items = b.op(
-                "Mul", b.reshape(self._numbers(1), -1, 1, 1), self.ints(1 if heads == 1 else self.node["heads"])
-            )
-            rows = b.op("Add", rows, b.op("Mul", items, self.length))
-        return rows
-
-    def _heads(self, x: ir.Value, name: str) -> ir.Value:
-        apart = self.b.reshape(x, 0, 0, self.node["heads"], self.depth(name))
-        return self.b.op("Transpose", apart, perm=[0, 2, 1, 3])
-
-    def _numbers(self, each: int) -> ir.Value:
-        """Return 0, 1, ... for ``each`` of every item of the batch."""
-        b = self.b
-        end = b.op("Squeeze", b.op("Mul", b.size(self.node["q"], 0), self.ints(each)))
-        return b.op("Range", b.constant(0, np.int64), end, b.constant(1, np.int64))

@@ -53,9 +53,10 @@ def _mapped(b: Builder, node: XfNode, x: ir.Value) -> ir.Value:
 
 def _factors(b: Builder, node: XfNode) -> ir.Value:
     """Return the weight of each pair's distance, ``[heads or 1, T, T]``."""
-    bias, middle = node["bias"], node.size("bias", 1) // 2
+    bias = node["bias"]
+    middle = b.op("Div", b.size(bias, 1), b.constant([2], np.int64))
     peak = b.op("ReduceMax", bias, b.constant([-1], np.int64), keepdims=1)
     factors = b.op("Exp", b.op("Sub", bias, peak))
     back = distances(b, b.size(node["q"], 1))
-    pairs = b.op("Gather", factors, b.op("Sub", b.constant(middle, np.int64), back), axis=1)
+    pairs = b.op("Gather", factors, b.op("Sub", middle, back), axis=1)
     return b.op("Trilu", pairs, upper=0) if node["causal"] else pairs

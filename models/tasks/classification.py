@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,7 +25,13 @@ class Classification(Task):
         """Return 1 for each item whose largest logit is its label's, else 0."""
         return (output.argmax(1) == batch.targets["label"]).double(), None
 
-    def compare(self, run: Run, original: Run, progress: Progress = lambda what, done, total: None) -> Score:
+    def compare(
+        self,
+        run: Run,
+        original: Run,
+        progress: Progress = lambda what, done, total: None,
+        batches: Iterable[Batch] | None = None,
+    ) -> Score:
         """Add ``logit_kl``, the mean over items of KL(original || model) in nats, and ``agreement``, the share of items
         on which both answer the same.
         """
@@ -39,7 +46,7 @@ class Classification(Task):
             same.append((wanted.argmax(1) == logits.argmax(1)).double())
             return outputs
 
-        score = self.evaluate(watched, progress)
+        score = self.evaluate(watched, progress, batches)
         details = {"logit_kl": float(torch.cat(moved).mean()), "agreement": float(torch.cat(same).mean())}
         return replace(score, details={**score.details, **details})
 

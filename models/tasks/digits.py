@@ -26,6 +26,7 @@ _FOLDS = 5
 _SEED = 0
 _ROWS = 60
 _CALIBRATION_ITEMS, _CALIBRATION_ROWS = 240, 16
+_VALIDATION_ITEMS = 240
 # of all pixels, so that the inputs have about mean 0 and deviation 1
 MEAN, DEVIATION = 0.3053, 0.35
 
@@ -51,6 +52,14 @@ class Digits(Classification):
         held_out = _fold_of(labels) == self.fold
         for rows, answers in zip(images[held_out].split(_ROWS), labels[held_out].split(_ROWS), strict=True):
             yield Batch({"pixel_values": rows}, {"label": answers})
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield the last images of the training folds, as far as they are not calibration data."""
+        images, labels = self.training()
+        first = max(self.samples or _CALIBRATION_ITEMS, len(images) - _VALIDATION_ITEMS)
+        for rows, answers in zip(images[first:].split(_ROWS), labels[first:].split(_ROWS), strict=True):
+            if len(rows):
+                yield Batch({"pixel_values": rows}, {"label": answers})
 
     def training(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the images ``[N, 1, 32, 32]`` and labels ``[N]`` of the other folds."""

@@ -25,7 +25,8 @@ HISTORY, HORIZON, VARIABLES = 336, 96, 8
 DAY, WEEK = 24, 168
 _STEPS, _TRAINING_STEPS = 12_000, 9_000
 _TEST_WINDOWS, _CALIBRATION_WINDOWS, _BATCH = 240, 64, 24
-_SEED = 0
+_VALIDATION_WINDOWS = 96
+_SEED, _VALIDATION_SEED = 0, 1
 
 
 @cache
@@ -90,6 +91,12 @@ class Forecast(Task):
         """Yield windows at equal distances over the part that is held out."""
         last = _STEPS - HISTORY - HORIZON
         histories, futures = windows(torch.linspace(_TRAINING_STEPS, last, _TEST_WINDOWS, dtype=torch.float64).long())
+        for history, future in zip(histories.split(_BATCH), futures.split(_BATCH), strict=True):
+            yield Batch({"series": history}, {"future": future})
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield other windows of the training part."""
+        histories, futures = training_windows(_VALIDATION_WINDOWS, torch.Generator().manual_seed(_VALIDATION_SEED))
         for history, future in zip(histories.split(_BATCH), futures.split(_BATCH), strict=True):
             yield Batch({"series": history}, {"future": future})
 

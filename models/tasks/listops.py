@@ -44,6 +44,7 @@ _PADDING, _FIRST_DIGIT = 0, 1
 _NESTED = 0.25
 DEEPEST, _MOST_ENTRIES = 10, 10
 _TEST_ITEMS, _TEST_SEED, _TRAINING_SEED = 1000, 1, 2
+_VALIDATION_ITEMS, _VALIDATION_SEED = 200, 3
 _CALIBRATION_ITEMS = 64
 _BAG_ITEMS = 4000
 _BATCH = 20
@@ -167,9 +168,11 @@ class ListOps(Classification):
 
     def test(self) -> Iterator[Batch]:
         """Yield 1,000 expressions, the shortest first, so that a batch is padded little."""
-        for part in _by_length(_drawn(_TEST_SEED, _TEST_ITEMS)):
-            inputs, values = pad(part)
-            yield Batch(inputs, {"label": values[:, 0]})
+        return _batches(_drawn(_TEST_SEED, _TEST_ITEMS))
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield 200 expressions of a seed of their own."""
+        return _batches(_drawn(_VALIDATION_SEED, _VALIDATION_ITEMS))
 
     def baselines(self) -> dict[str, float]:
         """Return what the commonest answer, the token counts, and the outermost operator's commonest answer reach.
@@ -184,6 +187,12 @@ class ListOps(Classification):
             "commonest answer of the outermost operator": sum(max(c.values(), default=0) for c in by_root)
             / len(tested),
         }
+
+
+def _batches(expressions: tuple[Expression, ...]) -> Iterator[Batch]:
+    for part in _by_length(expressions):
+        inputs, values = pad(part)
+        yield Batch(inputs, {"label": values[:, 0]})
 
 
 def _by_length(expressions: tuple[Expression, ...]) -> list[list[Expression]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -72,7 +72,8 @@ _LEFT_OUT = {
 }
 _TEST_WINDOWS = 256
 _BATCH = 16
-_CALIBRATION_WINDOWS = 64
+_CALIBRATION_WINDOWS, _CALIBRATION_SEED = 64, 0
+_VALIDATION_WINDOWS, _VALIDATION_SEED = 32, 1
 _ORDER = 8
 _FAR = 128
 
@@ -165,16 +166,20 @@ class PyCode(Task):
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """Return windows of modules that are trained on."""
-        windows = training_windows(self.samples or _CALIBRATION_WINDOWS, torch.Generator().manual_seed(0))
+        windows = training_windows(
+            self.samples or _CALIBRATION_WINDOWS, torch.Generator().manual_seed(_CALIBRATION_SEED)
+        )
         return [{"input_ids": part} for part in windows.split(_BATCH)]
 
     def test(self) -> Iterator[Batch]:
         """Yield windows at equal distances over the held-out modules."""
         source = _held_out_bytes()
         starts = torch.linspace(0, len(source) - CONTEXT, _TEST_WINDOWS, dtype=torch.float64).long()
-        windows = source[starts[:, None] + torch.arange(CONTEXT)].long()
-        for part in windows.split(_BATCH):
-            yield Batch({"input_ids": part}, {"next": part[:, 1:]})
+        return _batches(source[starts[:, None] + torch.arange(CONTEXT)].long())
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield other windows of modules that are trained on."""
+        return _batches(training_windows(_VALIDATION_WINDOWS, torch.Generator().manual_seed(_VALIDATION_SEED)))
 
     def judge(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the mean bits per predicted byte of each window."""
@@ -192,8 +197,13 @@ class PyCode(Task):
             "byte pairs": float(-paired[tested[:, :-1], tested[:, 1:]].log2().mean()),
         }
 
-    def evaluate(self, run: Run, progress: Progress = lambda what, done, total: None) -> Score:
-        """Run a model over the test split, and look apart at the bytes that only a far repeat foretells."""
+    def evaluate(
+        self,
+        run: Run,
+        progress: Progress = lambda what, done, total: None,
+        batches: Iterable[Batch] | None = None,
+    ) -> Score:
+        """Run a model over batches (None: the test split); look apart at the bytes that only a far repeat foretells."""
         bits: list[torch.Tensor] = []
         far: list[torch.Tensor] = []
 
@@ -204,13 +214,18 @@ class PyCode(Task):
             far.append(torch.tensor([far_repeats(bytes(window)) for window in windows.to(torch.uint8).tolist()]))
             return outputs
 
-        score = super().evaluate(watched, progress)
+        score = super().evaluate(watched, progress, batches)
         repeats = torch.cat(far)
         details = {
             "bits per byte on far repeats": float(torch.cat(bits)[repeats].mean()),
             "share of far repeats": float(repeats.double().mean()),
         }
         return Score(score.value, score.items, score.weights, details)
+
+
+def _batches(windows: torch.Tensor) -> Iterator[Batch]:
+    for part in windows.split(_BATCH):
+        yield Batch({"input_ids": part}, {"next": part[:, 1:]})
 
 
 def _bits(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:

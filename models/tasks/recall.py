@@ -26,8 +26,8 @@ _FIRST_VALUE, _FIRST_FILLER = KEYS, KEYS + VALUES
 VOCABULARY = KEYS + VALUES + FILLERS
 _TOKENS_PER_PAIR = 32
 _TEST_TOKENS = 4096
-_TEST_BATCHES = 8
-_TEST_SEED, _CALIBRATION_SEED = 1, 2
+_TEST_BATCHES, _VALIDATION_BATCHES = 8, 1
+_TEST_SEED, _CALIBRATION_SEED, _VALIDATION_SEED = 1, 2, 3
 NOT_ASKED = -1
 
 
@@ -86,11 +86,11 @@ class Recall(Task):
 
     def test(self) -> Iterator[Batch]:
         """Yield sequences of each length, the short ones first."""
-        generator = torch.Generator().manual_seed(_TEST_SEED)
-        for length in LENGTHS:
-            for _ in range(_TEST_BATCHES):
-                ids, answers = draw(_TEST_TOKENS // length, length, generator)
-                yield Batch({"input_ids": ids}, {"answers": answers})
+        return _batches(_TEST_BATCHES, _TEST_SEED)
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield sequences of a seed of their own, fewer of each length."""
+        return _batches(_VALIDATION_BATCHES, _VALIDATION_SEED)
 
     def judge(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return 1 for each query whose largest logit is its value's, else 0, row by row."""
@@ -102,3 +102,12 @@ class Recall(Task):
         """Return what is reached by guessing, and by giving one of the sequence's own values whatever the key."""
         shares = [pairs_of(length) for length in LENGTHS]
         return {"guess": 1 / VALUES, "any value of the sequence": sum(1 / pairs for pairs in shares) / len(shares)}
+
+
+def _batches(count: int, seed: int) -> Iterator[Batch]:
+    """Yield so many batches of each length."""
+    generator = torch.Generator().manual_seed(seed)
+    for length in LENGTHS:
+        for _ in range(count):
+            ids, answers = draw(_TEST_TOKENS // length, length, generator)
+            yield Batch({"input_ids": ids}, {"answers": answers})

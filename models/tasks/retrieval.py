@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ __all__ = ["Retrieval", "corpus_digest"]
 _NEIGHBOURS = 10
 _TEST_PASSAGES = 600
 _CALIBRATION_PASSAGES = 128
+_VALIDATION_PASSAGES = 200
 _ROWS, _CALIBRATION_ROWS = 16, 4
 # words of a passage: less says too little to be near anything, more is cut off by the encoder
 _FEWEST_WORDS, _MOST_WORDS = 12, 120
@@ -55,6 +56,11 @@ class Retrieval(Task):
         """Yield 600 passages, sixteen at a time, padded to the longest of them."""
         return (Batch(inputs, {}) for inputs in _encoded(_passages()[:_TEST_PASSAGES], _ROWS))
 
+    def validation(self) -> Iterator[Batch]:
+        """Yield the passages that are left, as far as there are enough to be neighbours."""
+        left = _passages()[_TEST_PASSAGES + (self.samples or _CALIBRATION_PASSAGES) :][:_VALIDATION_PASSAGES]
+        return (Batch(inputs, {}) for inputs in _encoded(left if len(left) > 2 * _NEIGHBOURS else (), _ROWS))
+
     def judge(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, None]:
         """Refuse: an embedding is neither right nor wrong without the original's.
 
@@ -67,16 +73,22 @@ class Retrieval(Task):
             f"was made from, or an artifact that was written with its Program."
         )
 
-    def compare(self, run: Run, original: Run, progress: Progress = lambda what, done, total: None) -> Score:
+    def compare(
+        self,
+        run: Run,
+        original: Run,
+        progress: Progress = lambda what, done, total: None,
+        batches: Iterable[Batch] | None = None,
+    ) -> Score:
         """Score by agreement with the original; ``cosine`` and ``lowest_cosine`` are between the two embeddings."""
         found, wanted = [], []
-        batches = list(self.test())
-        for done, batch in enumerate(batches):
-            progress(f"evaluating {self.name}", done, len(batches))
+        judged = list(self.test() if batches is None else batches)
+        for done, batch in enumerate(judged):
+            progress(f"evaluating {self.name}", done, len(judged))
             with torch.no_grad():
                 found.append(run(batch.inputs)[self.output])
                 wanted.append(found[-1] if run is original else original(batch.inputs)[self.output])
-        progress(f"evaluating {self.name}", len(batches), len(batches))
+        progress(f"evaluating {self.name}", len(judged), len(judged))
         ours, theirs = _directions(torch.cat(found)), _directions(torch.cat(wanted))
         cosines = (ours * theirs).sum(1)
         shared = torch.tensor(

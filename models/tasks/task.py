@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -105,31 +105,49 @@ class Task(ABC):
     def judge(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the score of each item ``[N]``, and what each counts (None: the same)."""
 
+    def validation(self) -> Iterator[Batch]:
+        """Yield items with targets that are neither tested nor calibration data, for passes that choose by the score.
+
+        A model may have been trained on them.  A task that has none leaves this out.
+        """
+        return iter(())
+
     def baselines(self) -> dict[str, float]:
         """Return what trivial predictors reach, by name."""
         return {}
 
-    def compare(self, run: Run, original: Run, progress: Progress = lambda what, done, total: None) -> Score:
-        """Run a model over the test split, with the model it was made from beside it.
+    def compare(
+        self,
+        run: Run,
+        original: Run,
+        progress: Progress = lambda what, done, total: None,
+        batches: Iterable[Batch] | None = None,
+    ) -> Score:
+        """Run a model over batches (None: the test split), with the model it was made from beside it.
 
         A task that measures how far a model has moved from its original adds that to the details, or scores by it; the
         original may be ``run`` itself.
         """
-        return self.evaluate(run, progress)
+        return self.evaluate(run, progress, batches)
 
-    def evaluate(self, run: Run, progress: Progress = lambda what, done, total: None) -> Score:
-        """Run a model over the test split."""
+    def evaluate(
+        self,
+        run: Run,
+        progress: Progress = lambda what, done, total: None,
+        batches: Iterable[Batch] | None = None,
+    ) -> Score:
+        """Run a model over batches (None: the test split)."""
         items: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
-        batches = list(self.test())
-        for done, batch in enumerate(batches):
-            progress(f"evaluating {self.name}", done, len(batches))
+        judged = list(self.test() if batches is None else batches)
+        for done, batch in enumerate(judged):
+            progress(f"evaluating {self.name}", done, len(judged))
             with torch.no_grad():
                 output = run(batch.inputs)[self.output]
             scored, counted = self.judge(output, batch)
             items.append(scored.double())
             weights.append(torch.ones_like(items[-1]) if counted is None else counted.double())
-        progress(f"evaluating {self.name}", len(batches), len(batches))
+        progress(f"evaluating {self.name}", len(judged), len(judged))
         scores, counts = torch.cat(items), torch.cat(weights)
         value = float((scores * counts).sum() / counts.sum())
         return Score(value, scores, None if bool((counts == 1).all()) else counts)

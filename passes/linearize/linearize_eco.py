@@ -15,6 +15,9 @@ The codes stay as they are in later training, as the sign has no gradient; the p
 fine-tunes, which is a pass of its own here, ``rehash-attention``, that recovery takes turns with.  They are float
 numbers of -1 and 1 here, so that what is saved is the square of the length, not multiplications.
 
+ShiftAddViT (You et al., NeurIPS 2023, arXiv 2306.06446) uses the same codes in its attention; its shift layers are
+``quantize-shift``.
+
 Liu et al., EcoFormer, NeurIPS 2022, arXiv 2209.09004.
 """
 

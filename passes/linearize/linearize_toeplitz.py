@@ -10,7 +10,6 @@ output is close to the attention's.
 By FFT the form is ``O(m E T log T)`` a head.  On a CPU that is slower than the products up to beyond 8,000 tokens, and
 the kernel takes the products over all pairs: no time is saved, which the crossover shows.  Where the bias is looked up
 for all pairs it still is, and its first and last row are what the form reads.
-ort-cpu takes the form at a fixed length only.
 
 Luo et al., Stable, Fast and Accurate: Kernelized Attention with Relative Positional Encoding, NeurIPS 2021, arXiv
 2106.12566; Choromanski et al., Performer, ICLR 2021, arXiv 2009.14794 (the features).
@@ -20,16 +19,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from xformopt.match import xf
 from xformopt.passes.linearize.support.linearization import FittedLinearization, Form, Trained
-from xformopt.passes.linearize.support.sites import Site, relearned, spread
+from xformopt.passes.linearize.support.sites import Site, relearned, seen_value, spread
 from xformopt.pipeline import Context
-from xformopt.program import Program, example_sizes, interpret, sample_inputs
+from xformopt.program import Program
 from xformopt.rewrite import Editor
 
 __all__ = ["LinearizeToeplitz"]
@@ -79,7 +78,7 @@ class LinearizeToeplitz(FittedLinearization):
             return "it has no additive bias of the logits, which is what this form is for"
         if site.bias.meta["val"].dim() != 4:
             return f"its bias %{site.bias.name} is not [1, heads, T, T]"
-        value = _value(program, site.bias, context)
+        value = seen_value(program, site.bias, context)
         if value.shape[0] != 1 or value.shape[2] != value.shape[3] or value.shape[1] not in (1, site.heads):
             return f"its bias %{site.bias.name}, {list(value.shape)}, is not [1, heads, T, T]"
         if not torch.equal(value[..., 1:, 1:], value[..., :-1, :-1]):
@@ -120,20 +119,3 @@ def _by_distance(editor: Editor, site: Site) -> fx.Node:
     padded = editor.call(aten.constant_pad_nd.default, first, [0, 1], _UNSEEN)
     later = editor.call(aten.slice.Tensor, padded, 1, 1, sys.maxsize)
     return editor.call(aten.cat.default, [earlier, later], 1)
-
-
-def _value(program: Program, bias: fx.Node, context: Context) -> torch.Tensor:
-    """Return the value of a bias on the first batch, or on drawn inputs where there is no data."""
-    batch = next(iter(context.calibration), None) or sample_inputs(program, example_sizes(program))
-    found: dict[str, torch.Tensor] = {}
-
-    def observe(node: fx.Node, value: Any) -> None:
-        if node.name == bias.name:
-            found[node.name] = value
-
-    if bias.op == "placeholder":
-        return batch[str(bias.target)]
-    if bias.op == "get_attr":
-        return program.parameters[str(bias.target)]
-    interpret(program, batch, observe=observe)
-    return found[bias.name]

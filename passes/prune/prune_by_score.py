@@ -7,7 +7,9 @@ kept only if the score does not fall below the best so far less a tolerance:
     keep the removal  if  score(without) >= best - tolerance;    best = max(best, score(without))
 
 The gate is the score, never a budget: what the score cannot do without stays, however slow.  The score is that of the
-user's task on held-out data (``score=...`` of ``Pipeline.run``); without one, it is the agreement with the original's
+user's task (``--task``; ``score=...`` of ``Pipeline.run``) on items that are neither tested nor calibration data; a
+metric that is better the lower counts by its negative.  A model that was trained on those items has little to gain
+there, and a ``tolerance`` is then what makes room.  Without a task, the score is the agreement with the original's
 answers on calibration data (``answers.py``), which can never rise above 1.  **Approximate**, without training.
 
 Nagarajan et al., "AxFormer: Accuracy-driven Approximation of Transformers for Faster, Smaller and more Accurate NLP

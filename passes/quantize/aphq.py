@@ -1,7 +1,7 @@
 """Quantize linear layers to few bits by reconstruction that is weighted by what matters to the class scores (APHQ-ViT).
 
 1. Importance: the average perturbation Hessian H of each block's output
-   (:mod:`xformopt.passes.quantize.support.perturbation`).
+   (:mod:`xformopt.passes.quantize.support.perturbation`); by channel alone where calibration data has several lengths.
 2. Every GELU between two linear layers becomes a ReLU, and both layers are trained anew to do what they did
    (:mod:`xformopt.passes.quantize.support.relu_mlps`): its non-negative values suit uniform quantizers.
 3. Uniform quantizers everywhere: one scale per row of a weight, one range per value that linear layers and attention

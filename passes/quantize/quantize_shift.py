@@ -7,6 +7,12 @@ are 0.  Sign and exponent are stored in one code of 5 or 6 bits.
 
 **Approximate**, and published with fine-tuning behind it; needs no data.  Run it after the passes that look for linear
 layers.  The weights are stored in few bits, and computed in float: runtimes have no product by shifts.
+
+These are the shift layers of ShiftAddViT's attention.  Its binary queries and keys in linear order are
+``linearize-eco``, whose learned hash functions it takes over.  Its mixture of experts, in which a router sends each
+token of an MLP to a layer of products or one of shifts, is no pass here: it saves what shifts cost less.  Where they
+are computed as products, both experts cost the same; a loss that weighs experts by their measured latency then shares
+tokens out evenly, and the second expert only adds its weights, the router, and the loss of its rounding.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -26,7 +26,13 @@ from torch import fx
 from xformopt.errors import DataError, PassError
 from xformopt.match import arguments, xf
 from xformopt.passes.answers import answer_of
-from xformopt.passes.sparsify.support.candidates import bias_refusal, find_attentions, refusal, repeat_heads
+from xformopt.passes.sparsify.support.candidates import (
+    bias_refusal,
+    find_attentions,
+    length_on,
+    refusal,
+    repeat_heads,
+)
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program, interpret, path_of
 from xformopt.rewrite import Editor, Reject, Rewritten, Rule, rewrite
@@ -72,7 +78,7 @@ class LocalizeAttention(Pass):
                 "--calibration (or calibration=... in Python)."
             )
         batches = context.calibration[:_BATCHES]
-        length = max(_length(program, nodes[able[0]], batch) for batch in batches)
+        length = max(length_on(program, nodes[able[0]], batch) for batch in batches)
         full = int(self.keep * len(able) / 2) if self.full is None else self.full
         window = self._window(program, nodes[able[0]], length, full, len(able))
         ranked = _by_sensitivity(program, batches, able, window, context) if full else []
@@ -153,12 +159,6 @@ def _by_sensitivity(
         found = [answer_of(tried, interpret(tried, batch), batch) for batch in batches]
         moved[name] = sum(float(one.divergence(other)) for one, other in zip(wanted, found, strict=True))
     return sorted(able, key=lambda name: -moved[name])
-
-
-def _length(program: Program, node: fx.Node, batch: Mapping[str, torch.Tensor]) -> int:
-    """Return how many queries an attention has on a batch."""
-    length: Any = program.dims.shape(node.meta["val"])[1]
-    return program.dims.evaluate(length, program.bind(batch))
 
 
 def _result(program: Program, done: Rewritten, notes: tuple[str, ...]) -> PassResult:

@@ -11,9 +11,8 @@ Where queries see no later keys, the others get the mean up to their own positio
 comparing all of them: what a token gets depends on later ones.  A model that predicts them would be judged on what it
 should not know, so that such attention is left alone unless ``causal`` is set.
 
-**Approximate**.  Informer is trained with it, and between its layers halves the sequence by convolutions and pooling
-("distilling"): those have weights of their own, which a model that was trained without has not.  In a model trained
-with full attention, this is the control.
+**Approximate**.  Informer is trained with it, and between its layers halves the sequence by convolutions and pooling,
+which is ``distill-tokens`` here.  In a model trained with full attention, this is the control.
 
 Zhou et al., Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting, AAAI 2021,
 arXiv 2012.07436.

@@ -56,6 +56,15 @@ class Signs(Task):
         return {"coin": 0.5}
 
 
+class Chosen(Signs):
+    def validation(self):
+        yield Batch({"input_ids": self.ids()[:3]}, {})
+
+
+class Errors(Chosen):
+    higher_is_better: ClassVar[bool] = False
+
+
 class Masked(Signs):
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
 
@@ -141,6 +150,29 @@ def test_optimize_reports_the_task(command: Command, own: Path) -> None:
     assert "signs, 8 items" in ended.out  # type: ignore[attr-defined]
     found = json.loads((own / "o.json").read_text())["task"]
     assert (found["task"], found["count"], found["value"]) == ("signs", 8, found["baseline"])
+
+
+def test_the_task_tells_passes_its_score(own: Path) -> None:
+    import sys
+
+    sys.path.insert(0, str(own))
+    import own as tasks
+    import tiny
+
+    def notes(task: object) -> str:
+        options = {"bench": False, "measure_lowering": False, "recipe": None, "passes": ["prune-by-score{tolerance=9}"]}
+        done = api.optimize(tiny.Tiny(), task=task, **options)  # type: ignore[arg-type]
+        (found,) = [record for record in done.result.history if record.name == "prune-by-score"]
+        assert found.changed
+        return found.notes[0]
+
+    with torch.no_grad():
+        output = tiny.Tiny()(tasks.Signs().ids()[:3])[:, 0, 0]
+    value = float(((output > 0) * torch.arange(1, 4)).sum()) / 6
+    assert f"judged by the task's score: {value:.4f} before" in notes(tasks.Chosen())
+    # of a metric that is better the lower, the negative
+    assert f"judged by the task's score: {-value:.4f} before" in notes(tasks.Errors())
+    assert "agreement with the original's answers" in notes(tasks.Signs())
 
 
 @pytest.mark.parametrize("words", [("evaluate", "tiny:Tiny"), ("optimize", "tiny:Tiny", "-o", "out", *QUICK)])

@@ -87,6 +87,17 @@ param %at: f32[9]
 %o2: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at, %mask, %b1) {{heads=2, scale=0.7, factor=5.0}}
 %o3: {OUT} = xf.prob_sparse_attention(%q, %k, %v, %at, none, %b2) {{heads=2, scale=0.7, factor=3.0, causal=true}}
 """,
+    "routing_attention": f"""
+param %mu: f32[2,5,3]
+%qt: f32[batch,6,length] = aten.transpose.int(%q) {{dim0=1, dim1=2}}
+%b0: f32[batch,length,length] = aten.matmul.default(%q, %qt)
+%b1: f32[batch,1,length,length] = aten.unsqueeze.default(%b0) {{dim=1}}
+%b2: f32[batch,2,length,length] = aten.cat.default([%b1, %b1]) {{dim=1}}
+%o0: {OUT} = xf.routing_attention(%q, %k, %v, %mu) {{heads=2, scale=0.7}}
+%o1: {OUT} = xf.routing_attention(%q, %k, %v, %mu, %mask) {{heads=2, scale=0.7, causal=true}}
+%o2: {OUT} = xf.routing_attention(%q, %k, %v, %mu, %mask, %b1) {{heads=2, scale=0.7}}
+%o3: {OUT} = xf.routing_attention(%q, %k, %v, %mu, none, %b2) {{heads=2, scale=0.7, causal=true}}
+""",
     "entmax_attention": f"""
 %o0: {OUT} = xf.entmax_attention(%q, %k, %v) {{heads=2, scale=0.7}}
 %o1: {OUT} = xf.entmax_attention(%q, %k, %v, %mask) {{heads=2, scale=0.7, alpha=1.25}}

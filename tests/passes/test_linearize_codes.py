@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import xformopt as xo
 from xformopt.errors import UsageError
+from xformopt.lowering import lower
 from xformopt.models.t5 import T5Config, T5Encoder
 from xformopt.passes import build_pass, parse_pass
 from xformopt.passes.linearize.support.hashing import fit_hashing
@@ -175,6 +176,11 @@ def test_relative_positions_of_t5_are_found() -> None:
     text = "linearize-toeplitz{force=true,iterations=3,max_error=99}"
     result = Pipeline([parse_pass(text)]).run(program, calibration=[batch])
     assert "xf.toeplitz_attention" in {target_name(node.target) for node in result.program.nodes()}
+    artifact = lower(result.program, measure=False)
+    for length in (1, 2, 7, 45):
+        other = {"input_ids": torch.randint(0, 16, (2, length)), "attention_mask": torch.ones(2, length).long()}
+        found = artifact.run(**{name: value.numpy() for name, value in other.items()})["hidden"]
+        assert relative(torch.from_numpy(found), result.program.run(other)["hidden"]) < 1e-5
     without = Pipeline([parse_pass(text.replace("force=true,", ""))]).run(program, calibration=[batch])
     assert "crossover" in without.history[-1].rejected[0][0] or "cheaper" in without.history[-1].rejected[0][0]
     assert not math.isnan(result.history[-1].drift)

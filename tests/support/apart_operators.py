@@ -35,6 +35,7 @@ TESTED_APART = {
     "rank_tokens",
     "restore_tokens",
     "retention",
+    "routing_attention",
     "rwkv",
     "select_tokens",
     "selective_scan",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from xformopt.errors import CaptureError, UsageError
 from xformopt.models.tasks.digits import Digits
@@ -141,3 +143,23 @@ def test_as_much_calibration_data_as_is_asked_for() -> None:
     once = items("recall")
     assert items("recall{samples=1}") == once
     assert items(f"recall{{samples={sum(once) + 1}}}") == 2 * once
+
+
+@pytest.mark.parametrize("name", ["digits", "forecast", "listops", "recall"])
+def test_validation_items_are_neither_tested_nor_calibration_data(name: str) -> None:
+    def rows(batches: Iterable[Mapping[str, torch.Tensor]]) -> set[bytes]:
+        return {row.numpy().tobytes() for batch in batches for row in batch[task.inputs[0]]}
+
+    task = find_task(name)
+    found = list(task.validation())
+    assert sum(len(batch.inputs[task.inputs[0]]) for batch in found) >= 24
+    # the answer to each is known
+    assert all(batch.targets for batch in found)
+    chosen = rows(batch.inputs for batch in found)
+    assert not chosen & rows(batch.inputs for batch in task.test())
+    assert not chosen & rows(task.calibration())
+
+
+def test_what_calibration_takes_is_not_left_for_validation() -> None:
+    assert sum(len(batch.inputs["pixel_values"]) for batch in Digits(samples=1400).validation()) == 37
+    assert not list(Digits(samples=5000).validation())

@@ -32,7 +32,8 @@ class Context:
         time: Returns the milliseconds that programs take on the target, each by its name; None where nobody measures.
         measure: Returns the interval of the speed-up of the second program over the first, on the target; None where
             nothing can be timed.
-        score: Returns what a program reaches on the user's task, higher is better; None where there is no task.
+        score: Returns what a program reaches on validation items of the user's task, higher is better; None where
+            there is no such task.
         original: The program that lossy passes are to stay close to, lifted; None where nobody knows it.
     """
 

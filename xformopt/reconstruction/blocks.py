@@ -38,6 +38,7 @@ _MIXERS = frozenset(
         "xf::mra_attention",
         "xf::prob_sparse_attention",
         "xf::retention",
+        "xf::routing_attention",
         "xf::rwkv",
         "xf::selective_scan",
         "xf::ssd",

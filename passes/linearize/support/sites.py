@@ -11,7 +11,8 @@ from torch import fx
 
 from xformopt.kernels.chunks import CHUNK
 from xformopt.match import arguments, call_with, is_call, operand, xf
-from xformopt.program import Program, path_of, shape_of, value_of
+from xformopt.pipeline import Context
+from xformopt.program import Program, example_sizes, interpret, path_of, sample_inputs, shape_of, value_of
 from xformopt.rewrite import Editor, Reject
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "projection_of",
     "read_site",
     "relearned",
+    "seen_value",
     "spread",
     "unexpressed_bias",
     "with_projection",
@@ -191,6 +193,23 @@ def with_projection(editor: Editor, x: fx.Node, parameters: Mapping[str, torch.T
         made = editor.call(xf.linear, operand(linear), *stored)
     made.meta["path"] = path_of(x)
     return made
+
+
+def seen_value(program: Program, node: fx.Node, context: Context) -> torch.Tensor:
+    """Return a value on the first batch of calibration data, or on drawn inputs where there is none."""
+    batch = next(iter(context.calibration), None) or sample_inputs(program, example_sizes(program))
+    found: dict[str, torch.Tensor] = {}
+
+    def observe(each: fx.Node, value: Any) -> None:
+        if each.name == node.name:
+            found[each.name] = value
+
+    if node.op == "placeholder":
+        return batch[str(node.target)]
+    if node.op == "get_attr":
+        return program.parameters[str(node.target)]
+    interpret(program, batch, observe=observe)
+    return found[node.name]
 
 
 def _linear_of(x: fx.Node) -> fx.Node | None:

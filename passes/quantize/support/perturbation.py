@@ -3,20 +3,23 @@
     H = mean over samples |g(O + e) - g(O - e)|
     g(O') = d KL(softmax(scores(O') / 20) || softmax(scores / 20)) / d O'
 
-O is the value, e a small number added to all of its elements (Wu et al., APHQ-ViT, CVPR 2025, arXiv 2504.02508).  Only
-the ratios of elements matter here.  Everything is computed in float64: with the authors' e of 1e-6, the two
+O is the value, e a small number added to all of its elements (Wu et al., APHQ-ViT, CVPR 2025, arXiv 2504.02508).  The
+paper's images are of one size, so that H has an entry for each position.  In samples that differ in length positions do
+not correspond, and H has one for each channel: the mean over the valid positions of a sample.
+
+Only the ratios of elements matter here.  Everything is computed in float64: with the authors' e of 1e-6, the two
 gradients differ in float32 by little more than its rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from xformopt.errors import DataError
-from xformopt.program import Program
+from xformopt.program import Program, valid_positions
 from xformopt.reconstruction import Block, run_block
 
 __all__ = ["perturbation_hessian"]
@@ -34,7 +37,9 @@ def perturbation_hessian(
     scores: str,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, torch.Tensor]:
-    """Return H of every floating-point value that one block hands to later ones, ``[...]`` without the batch axis.
+    """Return H of every floating-point value that one block hands to later ones, without the batch axis.
+
+    That is ``[...]``; ``[C]`` where samples differ in length; and ``[1]`` where they differ in the last axis, too.
 
     Args:
         program: The original.
@@ -43,28 +48,42 @@ def perturbation_hessian(
         scores: The name of the value that holds class scores, ``[..., classes]``.
         progress: Called with (what, done, total).
 
-    Raises:
-        DataError: batches differ in the size of their samples.
-
     """
-    totals: dict[str, torch.Tensor] = {}
+    found: dict[str, list[_Sum]] = {}
     seen = 0
+    nodes = {node.name: node for node in program.graph.nodes}
     for index, batch in enumerate(batches):
         if seen >= _SAMPLES:
             break
         progress("finding what matters", index, len(batches))
-        rows = 0
         for name, gradients in _differences(program, batch, blocks, scores).items():
-            rows = len(gradients)
-            if name in totals and totals[name].shape != gradients.shape[1:]:
-                raise DataError(
-                    f"The value %{name} has the size {list(totals[name].shape)} in one calibration batch and "
-                    f"{list(gradients.shape[1:])} in another, so that its elements cannot be weighted. Give inputs of "
-                    f"one size."
-                )
-            totals[name] = totals.get(name, 0) + gradients.sum(0)
-        seen += rows
-    return {name: (total / seen).float() for name, total in totals.items()}
+            valid = valid_positions(program, nodes[name].meta["val"], batch)
+            found.setdefault(name, []).append(_sum_of(gradients, valid))
+        seen += max(len(value) for value in batch.values() if value.dim())
+    return {name: (_total(parts) / seen).float() for name, parts in found.items()}
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """What the samples of one batch add up to: element by element, and as means over their valid positions ``[C]``."""
+
+    elements: torch.Tensor
+    channels: torch.Tensor
+
+
+def _sum_of(gradients: torch.Tensor, valid: torch.Tensor | None) -> _Sum:
+    counted = torch.ones_like(gradients) if valid is None else valid.expand_as(gradients).to(gradients.dtype)
+    total, count = (x.flatten(1, -2).sum(1) for x in (gradients * counted, counted))
+    return _Sum(gradients.sum(0), (total / count.clamp(min=1)).sum(0))
+
+
+def _total(parts: Sequence[_Sum]) -> torch.Tensor:
+    """Return the sum over batches, in the finest form that all of them have."""
+    if len({part.elements.shape for part in parts}) == 1:
+        return torch.stack([part.elements for part in parts]).sum(0)
+    if len({part.channels.shape for part in parts}) == 1:
+        return torch.stack([part.channels for part in parts]).sum(0)
+    return torch.stack([part.channels.mean(0, keepdim=True) for part in parts]).sum(0)
 
 
 def _differences(

@@ -31,7 +31,7 @@ _NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 _WEIGHTED = ("linear", "linear_activation", "ternary_weight")
 _SCALES = ("scale", "x_scale")
 # statistics and positions of codes; tables of angles follow from positions alone
-_FIXED = ("zero", "x_zero", "running_mean", "running_var", "cos", "sin")
+_FIXED = ("zero", "x_zero", "running_mean", "running_var", "cos", "sin", "sample", "centroids")
 _ANGLES = (aten.sin.default, aten.cos.default)
 # masks are filled with large negative numbers; weights are not so large
 _LARGEST = 1e4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from xformopt.match import arguments, is_call, xf
 from xformopt.program import Program, path_of, shape_of
 from xformopt.rewrite import Editor
 
-__all__ = ["bias_refusal", "find_attentions", "longest_of", "masked_attention", "refusal", "repeat_heads"]
+__all__ = ["bias_refusal", "find_attentions", "length_on", "longest_of", "masked_attention", "refusal", "repeat_heads"]
 
 aten = torch.ops.aten
 _IN_PART = (
@@ -21,6 +22,7 @@ _IN_PART = (
     xf.local_attention,
     xf.mra_attention,
     xf.prob_sparse_attention,
+    xf.routing_attention,
 )
 
 
@@ -74,6 +76,11 @@ def longest_of(program: Program, node: fx.Node) -> int | None:
             return None
         highs[str(symbol)] = high
     return program.dims.evaluate(length, highs)
+
+
+def length_on(program: Program, node: fx.Node, batch: Mapping[str, torch.Tensor]) -> int:
+    """Return how many queries an attention has on a batch."""
+    return program.dims.evaluate(shape_of(program, node)[1], program.bind(batch))
 
 
 def repeat_heads(editor: Editor, value: fx.Node, kv_heads: int, heads: int) -> fx.Node:
