@@ -35,6 +35,7 @@ from xformopt.evaluation import (
 from xformopt.files import check_output, staged_file
 from xformopt.inspection import Inspection, Plan, inspect, passes_of, plan
 from xformopt.lineup import sort_candidates
+from xformopt.lowering.catalog import TUNING_SECONDS
 from xformopt.original import Model, Original, capture_original, chosen_inputs, chosen_sizes
 from xformopt.pipeline import Pass, Pipeline, PipelineResult, Record
 from xformopt.pipeline.run import describe
@@ -115,7 +116,7 @@ def optimize(
     assume: Iterable[str] = (),
     seed: int = 0,
     threads: int | None = None,
-    tuning_seconds: float = 40.0,
+    tuning_seconds: float = TUNING_SECONDS,
     rounds: int | None = None,
     overwrite: bool = False,
     keep_program: bool = True,
@@ -219,7 +220,7 @@ def export(
     length: int | None = None,
     measure_lowering: bool = True,
     threads: int | None = None,
-    tuning_seconds: float = 40.0,
+    tuning_seconds: float = TUNING_SECONDS,
     overwrite: bool = False,
     keep_program: bool = True,
     trust_remote_code: bool = False,

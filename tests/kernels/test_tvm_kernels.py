@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from xformopt.kernels.activation.reference import FUNCTIONS
+from xformopt.kernels.activation.tvm import activate
 from xformopt.kernels.add_layer_norm.reference import add_layer_norm as reference_add_layer_norm
 from xformopt.kernels.attention.reference import attention as reference_attention
 from xformopt.kernels.attention.tvm import Sizes, attention
@@ -16,10 +17,24 @@ from xformopt.kernels.layer_norm.reference import layer_norm as reference_layer_
 from xformopt.kernels.layer_norm.tvm import layer_norm
 from xformopt.kernels.linear.tvm import matmul, pack
 from xformopt.kernels.patch_embedding.tvm import patches
-from xformopt.kernels.tvm_form import Tile
+from xformopt.kernels.quantized_linear.reference import dynamic_range as reference_range
+from xformopt.kernels.quantized_linear.reference import quantize_activation, quantized_linear
+from xformopt.kernels.quantized_linear.tvm import codes, dynamic_span
+from xformopt.kernels.quantized_linear.tvm import matmul as matmul8
+from xformopt.kernels.quantized_linear.tvm import pack as pack8
+from xformopt.kernels.tvm_form import Machine, Tile
+from xformopt.kernels.tvm_integers import dot_of
 from xformopt.kernels.tvm_math import FUNCTIONS as TVM_FUNCTIONS
+from xformopt.measure.machine import describe_machine
 
 tvm = pytest.importorskip("tvm")
+
+
+def compiled(function: Any) -> Any:
+    """Compile a function for this machine."""
+    target = {"kind": "llvm", "mcpu": str(tvm.target.codegen.llvm_get_system_cpu())}
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=tvm.target.Target(target))["main"]
 
 
 def run(function: Any, shape: tuple[int, ...], *operands: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -32,10 +47,9 @@ def run_many(
     function: Any, shapes: tuple[tuple[int, ...], ...], *operands: torch.Tensor | np.ndarray
 ) -> list[np.ndarray]:
     """Do the same for a function of several results."""
-    module = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target="llvm")
     given = [tvm.runtime.tensor(np.ascontiguousarray(operand)) for operand in operands]
     outputs = [tvm.runtime.tensor(np.full(shape, np.nan, np.float32)) for shape in shapes]
-    module["main"](*given, *outputs)
+    compiled(function)(*given, *outputs)
     return [np.asarray(output.numpy()) for output in outputs]
 
 
@@ -116,3 +130,59 @@ def test_patches(rng: torch.Generator) -> None:
     found = run(patches(image.shape, (3, 5)), (2, 4, 45), image)
     expected = torch.nn.functional.unfold(image, (3, 5), stride=(3, 5)).transpose(1, 2)
     np.testing.assert_array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(3, 5), (1, 7, 701)])
+def test_activation(function: str, shape: tuple[int, ...], rng: torch.Generator) -> None:
+    x = torch.randn(shape, generator=rng) * 3
+    np.testing.assert_allclose(run(activate(shape, function), shape, x), FUNCTIONS[function](x), rtol=2e-6, atol=2e-6)
+
+
+def dots_here() -> list[str]:
+    """Return the ways of adding integer products that this machine can run."""
+    needed = {"vnni": "avx512_vnni", "madd": "avx2", "sdot": "asimddp"}
+    return ["plain", *(name for name, flag in needed.items() if flag in describe_machine().isa)]
+
+
+@pytest.mark.parametrize("dot_name", dots_here())
+@pytest.mark.parametrize(
+    ("shape", "columns", "height", "vectors"), [((2, 5, 38), 53, 3, 2), ((7, 4), 10, 4, 1), ((1, 3), 64, 1, 4)]
+)
+def test_quantized_linear(
+    dot_name: str, shape: tuple[int, ...], columns: int, height: int, vectors: int, rng: torch.Generator
+) -> None:
+    lanes = {"vnni": 16, "madd": 8, "sdot": 4, "plain": 8}[dot_name]
+    dot = dot_of(Machine(lanes, 32, dot_name))
+    x = torch.randn(shape, generator=rng) * 4
+    # the ends of both ranges are there: what would saturate does
+    weight = torch.randint(-128, 128, (columns, shape[-1]), generator=rng).to(torch.int8)
+    scale, bias = torch.rand(columns, generator=rng) / 100, torch.randn(columns, generator=rng)
+    expected_span = reference_range(x)
+    span = run(dynamic_span(shape), (2,), x)
+    np.testing.assert_allclose(span, [float(value) for value in expected_span], rtol=1e-6)
+
+    rows, tile = x[..., 0].numel(), Tile(height, vectors * lanes)
+    padded = -(-shape[-1] // dot.group) * dot.group
+    taken = tvm.runtime.tensor(np.full((rows, padded), 77, dot.codes))
+    compiled(codes(shape, dot))(tvm.runtime.tensor(x.numpy()), tvm.runtime.tensor(span), taken)
+    expected_codes = quantize_activation(x, *expected_span).reshape(rows, -1).numpy()
+    np.testing.assert_array_equal(taken.numpy()[:, : shape[-1]].astype(int) + dot.shift, expected_codes)
+
+    kernel = matmul8((rows, padded), (*shape[:-1], columns), tile, dot, lanes, has_bias=True)
+    sums = weight.numpy().sum(1, dtype=np.int32)
+    panels = pack8(weight.numpy(), tile.columns, dot)
+    found = run(kernel, (*shape[:-1], columns), taken.numpy(), panels, sums, span, scale, bias)
+    np.testing.assert_allclose(found, quantized_linear(x, weight, scale, bias), rtol=1e-5, atol=1e-4)
+
+
+def test_zeros_have_a_range() -> None:
+    np.testing.assert_array_equal(run(dynamic_span((3, 7)), (2,), torch.zeros(3, 7)), [1, 0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 255, 256, 257, 1000, 4097, 16384])
+def test_the_range_sees_every_number(size: int) -> None:
+    for place in {0, size // 2, size - 1}:
+        x = torch.zeros(1, size)
+        x[0, place] = 255 if place % 2 else -255
+        np.testing.assert_array_equal(run(dynamic_span((1, size)), (2,), x), [1, 0 if place % 2 else 255])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from xformopt.api import export
 from xformopt.errors import ArtifactError, DataError, LoweringError, UsageError
 from xformopt.kernels.attention.tvm import Sizes
 from xformopt.kernels.linear.tvm import pack
-from xformopt.lowering import load, lower, open_runner
+from xformopt.lowering import load, lower, open_runner, tvm_build
 from xformopt.lowering.reference import reference_inputs
+from xformopt.measure.machine import describe_machine
 from xformopt.program import Program
 
 pytest.importorskip("tvm")
@@ -109,6 +111,26 @@ def test_functions_of_other_sizes_have_other_names() -> None:
         Sizes(1, 9, 9, 4, 4, 6, 6, 0.4, False, False, 0, -1),
     ]
     assert len({plain.name, *(sizes.name for sizes in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("isa", "architecture", "runs"),
+    [
+        (("avx2", "fma", "f16c", "avx512f"), "x86_64", {"tvm-cpu", "tvm-x86-64-v3"}),
+        # an Atom, or a virtual machine that hides them
+        (("avx2",), "x86_64", {"tvm-cpu"}),
+        ((), "x86_64", {"tvm-cpu"}),
+        (("asimd", "asimddp"), "aarch64", {"tvm-cpu", "tvm-aarch64"}),
+        # a Raspberry Pi 4 has no dot products
+        (("asimd",), "aarch64", {"tvm-cpu"}),
+    ],
+)
+def test_what_runs_where(
+    isa: tuple[str, ...], architecture: str, runs: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = replace(describe_machine(), isa=isa, architecture=architecture)
+    monkeypatch.setattr(tvm_build, "describe_machine", lambda: machine)
+    assert {target for target in tvm_build.TVM_TARGETS if tvm_build.runs_here(target)} == runs
 
 
 def test_a_missing_cross_linker_names_its_package(encoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:

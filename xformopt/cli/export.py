@@ -8,6 +8,7 @@ import typer
 
 from xformopt.cli import options as o
 from xformopt.cli.progress import showing_progress
+from xformopt.lowering.catalog import TUNING_SECONDS
 
 __all__ = ["export"]
 
@@ -24,7 +25,7 @@ def export(
     ] = False,
     no_program: o.NoProgram = False,
     threads: o.Threads = None,
-    tune_seconds: o.TuneSeconds = 40.0,
+    tune_seconds: o.TuneSeconds = TUNING_SECONDS,
     overwrite: o.Overwrite = False,
     trust_remote_code: o.TrustRemoteCode = False,
     quiet: o.Quiet = False,

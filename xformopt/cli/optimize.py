@@ -12,6 +12,7 @@ from xformopt.cli import display
 from xformopt.cli import options as o
 from xformopt.cli.progress import showing_progress
 from xformopt.errors import UsageError
+from xformopt.lowering.catalog import TUNING_SECONDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +86,7 @@ def optimize(
     json: o.Json = None,
     seed: o.Seed = 0,
     threads: o.Threads = None,
-    tune_seconds: o.TuneSeconds = 40.0,
+    tune_seconds: o.TuneSeconds = TUNING_SECONDS,
     rounds: o.Rounds = None,
     quiet: o.Quiet = False,
     debug: o.Debug = False,

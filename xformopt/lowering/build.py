@@ -16,7 +16,7 @@ import torch
 
 from xformopt.errors import ArtifactError, LoweringError, OutputError, UsageError
 from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
-from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
+from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES, TUNING_SECONDS
 from xformopt.lowering.manifest import (
     FILE_NAME,
     DimSpec,
@@ -60,7 +60,7 @@ def lower_program(
     history: Sequence[Any] = (),
     source: str | None = None,
     files: Sequence[str | Path] = (),
-    tuning_seconds: float = 40.0,
+    tuning_seconds: float = TUNING_SECONDS,
     progress: Progress = lambda what, done, total: None,
 ) -> Artifact:
     """Lower a Program of any level for ``target``.

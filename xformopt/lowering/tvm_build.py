@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,37 +33,45 @@ MODEL = "model.so"
 class _Processor:
     """What is compiled for; ``cpu`` is LLVM's name.
 
-    ``triple`` is LLVM's name of another architecture, whose linker Debian's ``package`` brings.
+    ``triple`` is LLVM's name of another architecture, whose linker Debian's ``package`` brings.  ``needs`` are the
+    instructions, as the system lists them, without which a processor cannot run it.
     """
 
     cpu: str
     machine: Machine
+    needs: frozenset[str] = frozenset()
     triple: str | None = None
     linker: str | None = None
     package: str | None = None
 
 
 # AVX2: 16 registers of 8 numbers
-_X86_64_V3 = Machine(lanes=8, registers=16)
-# NEON: 32 registers of 4
-_NEON = Machine(lanes=4, registers=32)
+_X86_64_V3 = Machine(lanes=8, registers=16, dot="madd")
+# NEON: 32 registers of 4, with dot products since Armv8.2
+_NEON = Machine(lanes=4, registers=32, dot="sdot")
 TVM_TARGETS: dict[str, _Processor | None] = {
     "tvm-cpu": None,
-    "tvm-x86-64-v3": _Processor("x86-64-v3", _X86_64_V3),
+    "tvm-x86-64-v3": _Processor("x86-64-v3", _X86_64_V3, frozenset({"avx2", "fma", "f16c"})),
     # Raspberry Pi 5 is one, and Graviton 2's core is its sibling
     "tvm-aarch64": _Processor(
-        "cortex-a76", _NEON, "aarch64-linux-gnu", "aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"
+        "cortex-a76",
+        _NEON,
+        frozenset({"asimd", "asimddp"}),
+        "aarch64-linux-gnu",
+        "aarch64-linux-gnu-gcc",
+        "gcc-aarch64-linux-gnu",
     ),
 }
 
 
 def runs_here(target: str) -> bool:
-    """Return whether what ``target`` compiles to is of this machine's architecture."""
+    """Return whether this machine is of the architecture ``target`` compiles for, and has the instructions it needs."""
     processor = TVM_TARGETS.get(target)
     if processor is None:
         return True
     made_for = processor.triple.partition("-")[0] if processor.triple else "x86_64"
-    return made_for == describe_machine().architecture
+    machine = describe_machine()
+    return made_for == machine.architecture and processor.needs <= set(machine.isa)
 
 
 def check_toolchain(target: str) -> None:
@@ -163,11 +171,11 @@ def _this_processor() -> _Processor:
 
     isa = describe_machine().isa
     if "avx512f" in isa:
-        machine = Machine(lanes=16, registers=32)
+        machine = Machine(lanes=16, registers=32, dot="vnni" if "avx512_vnni" in isa else "plain")
     elif "asimd" in isa:
-        machine = _NEON
+        machine = _NEON if "asimddp" in isa else replace(_NEON, dot="plain")
     else:
-        machine = _X86_64_V3
+        machine = _X86_64_V3 if "avx2" in isa else replace(_X86_64_V3, dot="plain")
     return _Processor(str(tvm.target.codegen.llvm_get_system_cpu()), machine)
 
 

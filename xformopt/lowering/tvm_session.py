@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 from xformopt.errors import ArtifactError, DataError, MissingExtraError
 from xformopt.measure.runner import OperatorTime
 
-__all__ = ["FUNCTION", "TvmSession", "require_tvm"]
+__all__ = ["FUNCTION", "RUN_STATEFUL", "TvmSession", "read_parameters", "read_signature", "require_tvm"]
 
 FUNCTION = "main"
+# runs a function of the virtual machine on inputs it was given before
+RUN_STATEFUL = "invoke_stateful"
 # what a hook of the virtual machine answers
 _GO_ON = 0
 # what kernels have in their names beside the operator
@@ -33,6 +35,19 @@ def require_tvm(purpose: str) -> Any:
     except ImportError as error:
         raise MissingExtraError("apache-tvm", "tvm", purpose) from error
     return tvm
+
+
+def read_signature(model: Path) -> dict[str, Any]:
+    """Return the names and sizes of what a library takes, and the names of what it returns."""
+    signature: dict[str, Any] = json.loads(model.with_name(model.name + _SIGNATURE).read_text(encoding="utf-8"))
+    return signature
+
+
+def read_parameters(model: Path) -> Iterator[np.ndarray]:
+    """Yield what a library takes after its inputs, in order."""
+    with np.load(model.with_name(model.name + _PARAMETERS), allow_pickle=False) as archive:
+        for name in archive.files:
+            yield archive[name]
 
 
 class TvmSession:
@@ -52,7 +67,7 @@ class TvmSession:
         from tvm import relax
 
         self.path = path
-        signature = json.loads(path.with_name(path.name + _SIGNATURE).read_text(encoding="utf-8"))
+        signature = read_signature(path)
         self._shapes: dict[str, list[int]] = signature["inputs"]
         self.input_names, self.output_names = tuple(self._shapes), tuple(signature["outputs"])
         device = tvm.cpu()
@@ -65,8 +80,7 @@ class TvmSession:
                 f"It may be made for another processor: lower the model again for this one."
             ) from error
         self._tensor = tvm.runtime.tensor
-        with np.load(path.with_name(path.name + _PARAMETERS), allow_pickle=False) as archive:
-            self._parameters = [self._tensor(archive[name]) for name in archive.files]
+        self._parameters = [self._tensor(array) for array in read_parameters(path)]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once.
