@@ -131,9 +131,16 @@ def lengths(found: Mapping[str, Any]) -> str:
 
 def tvm(found: Mapping[str, Any]) -> str:
     """TVM's target beside ONNX Runtime's."""
-    rows = [[name, *(f"{ratio:.2f}" for ratio in entry["p50_over_ort_cpu"].values())] for name, entry in found.items()]
-    columns = next(iter(found.values()))["p50_over_ort_cpu"]
-    return "Median latency over that of `ort-cpu`, of the exact program.\n\n" + table(["model", *columns], rows)
+    parts = []
+    for key, what in (
+        ("p50_over_ort_cpu", "Median latency over that of `ort-cpu`, of the exact program."),
+        ("int8_p50_over_ort_cpu_int8", "The same of the program in int8, over `ort-cpu` in int8."),
+    ):
+        entries = {name: entry[key] for name, entry in found.items() if key in entry}
+        if entries:
+            rows = [[name, *(f"{ratio:.2f}" for ratio in ratios.values())] for name, ratios in entries.items()]
+            parts += [what, table(["model", *next(iter(entries.values()))], rows)]
+    return "\n\n".join(parts)
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {

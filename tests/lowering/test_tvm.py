@@ -18,6 +18,9 @@ from xformopt.kernels.linear.tvm import pack
 from xformopt.lowering import load, lower, open_runner, tvm_build
 from xformopt.lowering.reference import reference_inputs
 from xformopt.measure.machine import describe_machine
+from xformopt.passes.quantize.quantize_dynamic import QuantizeDynamic
+from xformopt.passes.quantize.quantize_static import QuantizeStatic
+from xformopt.pipeline import Pass, Pipeline
 from xformopt.program import Program
 
 pytest.importorskip("tvm")
@@ -56,6 +59,26 @@ def test_kernels_took_what_they_can(folder: Path) -> None:
         "linear_activation": {"kernel": 1},
     }
     assert {dim["name"]: (dim["low"], dim["high"]) for dim in manifest["dims"]} == {"batch": (2, 2), "length": (9, 9)}
+
+
+@pytest.mark.parametrize("target", ["tvm-cpu", "tvm-x86-64-v3"])
+@pytest.mark.parametrize("static", [False, True], ids=["range of the value", "calibrated range"])
+def test_integer_products(encoder: Program, target: str, static: bool) -> None:
+    """Layers of 8-bit integers run as such, whether their range is calibrated or taken."""
+    if not tvm_build.runs_here(target):
+        pytest.skip("needs AVX2")
+    quantize: Pass = QuantizeStatic() if static else QuantizeDynamic()
+    batches = [reference_inputs(encoder, SIZES, seed=seed) for seed in range(2)]
+    program = Pipeline([quantize]).run(encoder, calibration=batches).program
+    artifact = lower(program, target, sizes=SIZES, measure=False)
+    assert artifact.manifest.forms["quantized_linear"] == {"kernel": 4}
+    assert artifact.manifest.precision == "int8"
+    arrays = arrays_of(encoder, SIZES)
+    expected = program.run({name: torch.from_numpy(value) for name, value in arrays.items()})
+    found = artifact.run(**arrays)
+    for name, value in expected.items():
+        gap = np.linalg.norm(found[name] - value.numpy()) / np.linalg.norm(value.numpy())
+        assert gap < 3e-3, name
 
 
 def test_other_sizes_are_refused(encoder: Program, folder: Path) -> None:

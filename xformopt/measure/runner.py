@@ -45,7 +45,7 @@ class Runner(Protocol):
 
 
 @runtime_checkable
-class DistantRunner(Protocol):
+class DistantRunner(Runner, Protocol):
     """A runner on another machine, which times itself: clock and memory of this one say nothing of it."""
 
     def time_round(self, inputs: Mapping[str, np.ndarray], min_seconds: float) -> list[float]:
