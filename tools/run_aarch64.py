@@ -33,6 +33,8 @@ EMULATOR = "qemu-aarch64-static"
 # models by name, and the recipe of an entry that has one
 MODELS = {"minilm": None, "digits-vit": None, "digits-vit int8": "int8"}
 TOLERANCE = 1e-4
+# what lies between two codes of 8 bits may be rounded to either, and every layer after it magnifies that
+INTEGER_TOLERANCE = 1e-2
 # what python3.11, numpy and TVM load
 DEBIAN = (
     *("libc6", "libgcc-s1", "libstdc++6", "zlib1g", "libexpat1", "libffi8", "libssl3", "libbz2-1.0", "liblzma5"),
@@ -150,8 +152,8 @@ def main() -> None:
             )
             write_bundle([artifact], Path(folder) / "bundle.zip")
             found = emulate(root, Path(folder) / "bundle.zip")
-        found["within"] = TOLERANCE
-        found["passed"] = all(gap <= TOLERANCE for gap in found["relative_l2"].values())
+        found["within"] = within = TOLERANCE if recipe is None else INTEGER_TOLERANCE
+        found["passed"] = all(gap <= within for gap in found["relative_l2"].values())
         versions = {package: importlib.metadata.version(package) for package in WHEELS}
         emulator = run([EMULATOR, "--version"]).splitlines()[0]
         results[name] = {**found, "packages": versions, "emulator": emulator, "xformopt": xo.__version__}

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from xformopt.api import export
+from xformopt.cli.options import the_lengths
 from xformopt.errors import ArtifactError, DataError, LoweringError, UsageError
 from xformopt.kernels.attention.tvm import Sizes
 from xformopt.kernels.linear.tvm import pack
 from xformopt.lowering import load, lower, open_runner, tvm_build
 from xformopt.lowering.reference import reference_inputs
+from xformopt.lowering.tvm_signature import read_signature
 from xformopt.measure.machine import describe_machine
 from xformopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from xformopt.passes.quantize.quantize_static import QuantizeStatic
@@ -61,8 +63,7 @@ def test_kernels_took_what_they_can(folder: Path) -> None:
     assert {dim["name"]: (dim["low"], dim["high"]) for dim in manifest["dims"]} == {"batch": (2, 2), "length": (9, 9)}
 
 
-@pytest.mark.parametrize("target", ["tvm-cpu", "tvm-x86-64-v3"])
-@pytest.mark.parametrize("static", [False, True], ids=["range of the value", "calibrated range"])
+@pytest.mark.parametrize(("target", "static"), [("tvm-cpu", False), ("tvm-x86-64-v3", True)])
 def test_integer_products(encoder: Program, target: str, static: bool) -> None:
     """Layers of 8-bit integers run as such, whether their range is calibrated or taken."""
     if not tvm_build.runs_here(target):
@@ -84,6 +85,97 @@ def test_integer_products(encoder: Program, target: str, static: bool) -> None:
 def test_other_sizes_are_refused(encoder: Program, folder: Path) -> None:
     with pytest.raises(DataError, match=r"length in \[9, 9\]"):
         load(folder).run(**arrays_of(encoder, {"batch": 2, "length": 10}))
+
+
+@pytest.fixture(scope="module")
+def several(encoder: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tvm") / "artifact"
+    lower(encoder, "tvm-cpu", sizes={"batch": 2}, lengths=(5, 9), measure=False, captured=encoder).save(path)
+    return path
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 7, 9])
+def test_a_length_in_between_is_padded(encoder: Program, several: Path, length: int) -> None:
+    arrays = arrays_of(encoder, {"batch": 2, "length": length})
+    # a sequence that ends before the other
+    arrays["mask"][1, max(length - 2, 1) :] = 0
+    expected = encoder.run({name: torch.from_numpy(value) for name, value in arrays.items()})
+    found = load(several, threads=1).run(**arrays)
+    assert found["hidden"].shape == (2, length, 24)
+    keep = arrays["mask"].astype(bool)
+    np.testing.assert_allclose(found["hidden"][keep], expected["hidden"].numpy()[keep], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["pooled"], expected["pooled"].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_functions_share_what_is_equal(several: Path, folder: Path) -> None:
+    stored = read_signature(several / "model.so")
+    assert [function.inputs["ids"] for function in stored.functions] == [[2, 5], [2, 9]]
+    first, second = (set(function.parameters) for function in stored.functions)
+    assert first & second
+    # two functions do not hold the weights twice
+    assert (several / "model.so.npz").stat().st_size < 1.5 * (folder / "model.so.npz").stat().st_size
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 2, "length": 10}, {"batch": 1, "length": 5}])
+def test_what_no_function_takes(encoder: Program, several: Path, sizes: dict[str, int]) -> None:
+    with pytest.raises(DataError, match=r"in \[1, 9\]|in \[2, 2\]"):
+        load(several).run(**arrays_of(encoder, sizes))
+    with pytest.raises(DataError, match=r"compiled for \[2, 5\] and \[2, 9\]"):
+        open_runner("tvm-cpu", several, threads=1).run(arrays_of(encoder, sizes))
+
+
+UNMASKED = """
+program "unmasked" lifted
+dim length in [1, 64]
+input %x: f32[1,length,8]
+param %w: f32[8,8]
+%y: f32[1,length,8] = xf.linear(%x, %w)
+%z: f32[1,8] = aten.mean.dim(%y) {dim=[1]}
+return y=%y, z=%z
+"""
+# the mean counts what is padded, whatever the mask says of the other output
+DISOBEDIENT = UNMASKED.replace("param %w", "input %mask: i64[1,length]\nparam %w").replace(
+    "return y=%y", "return y=%y valid keep %mask"
+)
+LONGER = """
+program "longer" lifted
+dim length in [1, 64]
+input %x: f32[1,length,8]
+input %mask: i64[1,length]
+param %first: f32[1,1,8]
+%y: f32[1,length+1,8] = aten.cat([%first, %x]) {dim=1}
+return x=%x valid keep %mask, y=%y
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (UNMASKED, "has no padding mask"),
+        (DISOBEDIENT, "changes the model's answer"),
+        (LONGER, "the output y is length\\s*\\+\\s*1 long"),
+    ],
+)
+def test_what_is_not_padded(text: str, why: str) -> None:
+    program = Program.parse(text)
+    artifact = lower(program, "tvm-cpu", lengths=(9, 4), measure=False)
+    for length in (4, 9):
+        arrays = arrays_of(program, {"length": length})
+        expected = program.run({name: torch.from_numpy(value) for name, value in arrays.items()})
+        for name, value in artifact.run(**arrays).items():
+            np.testing.assert_allclose(value, expected[name].numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match=why):
+        artifact.run(**arrays_of(program, {"length": 6}))
+
+
+def test_lengths_are_for_tvm(encoder: Program) -> None:
+    with pytest.raises(UsageError, match="takes any length"):
+        lower(encoder, "ort-cpu", lengths=(4, 8))
+    with pytest.raises(DataError, match="The size 65"):
+        lower(encoder, "tvm-cpu", lengths=(4, 65))
+    with pytest.raises(UsageError, match="'many'"):
+        the_lengths("4,many")
+    assert the_lengths("8, 4") == [8, 4]
 
 
 def test_the_runner_tells_the_time_of_kernels(encoder: Program, folder: Path) -> None:

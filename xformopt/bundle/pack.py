@@ -39,7 +39,8 @@ _CARRIED = (
     *("errors.py", "benchmark_worker.py"),
     *(f"measure/{name}.py" for name in ("__init__", "child", "contest", "fidelity", "machine", "memory", "runner")),
     *(f"measure/{name}.py" for name in ("statistics", "summary", "timing")),
-    *(f"lowering/{name}.py" for name in ("openvino", "ort_session", "session_runner", "tvm_session")),
+    *(f"lowering/{name}.py" for name in ("openvino", "ort_session", "session_runner")),
+    *(f"lowering/{name}.py" for name in ("tvm_session", "tvm_signature")),
 )
 _RUNNER = ("__init__.py", "__main__.py", "contents.py", "remote.py", "sessions.py")
 _IMPORT = re.compile(r"^(\s*(?:from|import) )xformopt\.(?:bundle\.runner\.)?", re.MULTILINE)

@@ -20,6 +20,7 @@ def export(
     target: o.Target = "ort-cpu",
     batch: o.Batch = None,
     length: o.Length = None,
+    lengths: o.Lengths = None,
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Take the default form of every operator instead of timing them.")
     ] = False,
@@ -45,6 +46,7 @@ def export(
             target=target,
             batch=batch,
             length=length,
+            lengths=o.the_lengths(lengths),
             measure_lowering=not no_measure,
             threads=threads,
             tuning_seconds=tune_seconds,

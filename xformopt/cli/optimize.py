@@ -53,6 +53,7 @@ def optimize(
     ] = None,
     batch: o.Batch = None,
     length: o.Length = None,
+    lengths: o.Lengths = None,
     max_drift: Annotated[
         float | None,
         typer.Option("--max-drift", min=0.0, metavar="X", help="Relative L2 to the original a lossy pass may reach."),
@@ -102,6 +103,7 @@ def optimize(
         "passes": pass_ or (),
         "batch": batch,
         "length": length,
+        "lengths": o.the_lengths(lengths),
         "trust_remote_code": trust_remote_code,
     }
     console = display.console_beside(json)

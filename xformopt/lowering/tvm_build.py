@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from xformopt.kernels.tvm_form import Machine
 from xformopt.lowering.manifest import TuningRecord
 from xformopt.lowering.tvm_import import import_traced
 from xformopt.lowering.tvm_schedule import schedule_module
-from xformopt.lowering.tvm_session import require_tvm
+from xformopt.lowering.tvm_session import PARAMETERS, require_tvm
+from xformopt.lowering.tvm_signature import Function, Padding, Signature, write_signature
 from xformopt.lowering.tvm_trace import trace
 from xformopt.lowering.tvm_tuning import Tiling
 from xformopt.measure.machine import describe_machine
@@ -109,20 +110,24 @@ class Written:
 
 def write_library(
     program: Program,
-    inputs: Mapping[str, torch.Tensor],
+    inputs: Sequence[Mapping[str, torch.Tensor]],
     target: str,
     folder: Path,
     choose: Callable[..., Tiling] | None = None,
+    padding: Padding | None = None,
+    why_unpadded: str = "",
 ) -> Written:
-    """Compile ``program`` at the sizes of ``inputs``.
+    """Compile ``program`` at the sizes of ``inputs``, a function for each.
 
     Args:
         program: What to compile.
-        inputs: Named inputs; only their shapes matter.
+        inputs: Named inputs, by rising size; only their shapes matter.
         target: One of ``TVM_TARGETS``.
         folder: Where the library, its parameters and its signature go.
         choose: Chooses tiles by measurement, from the functions that have a choice and what compiles one of them;
             None takes the defaults.  For this machine alone: no other is here to be timed.
+        padding: How sizes in between are padded to the next.
+        why_unpadded: Why they are not.
 
     Raises:
         LoweringError: an operator cannot be traced or is unknown to TVM, or TVM fails to compile the program.
@@ -135,7 +140,8 @@ def write_library(
     processor = TVM_TARGETS[target] or _this_processor()
     triple = {"mtriple": processor.triple} if processor.triple else {}
     llvm = tvm.target.Target({"kind": "llvm", "mcpu": processor.cpu, **triple})
-    traced = trace(program, inputs)
+    names = ["main"] if len(inputs) == 1 else [f"main_{index}" for index in range(len(inputs))]
+    traced = {name: trace(program, given) for name, given in zip(names, inputs, strict=True)}
     imported, tiling = import_traced(traced, processor.machine), Tiling({})
     if choose is not None and TVM_TARGETS[target] is None:
         tiling = choose(imported.trials, lambda function: _compiled(function, llvm))
@@ -149,14 +155,28 @@ def write_library(
             f"TVM {tvm.__version__} could not compile {program.name}: {' '.join(str(error).split())[-600:]} "
             f"Lower it for ort-cpu."
         ) from error
-    arrays = {f"p{index:04d}": array for index, array in enumerate(imported.parameters)}
-    np.savez(folder / f"{MODEL}.npz", **arrays)  # type: ignore[arg-type]
-    signature = {
-        "inputs": {name: list(inputs[name].shape) for name in program.input_names},
-        "outputs": list(program.output_names),
-    }
-    (folder / f"{MODEL}.json").write_text(json.dumps(signature, indent=1), encoding="utf-8")
+    places = _write_parameters(folder, imported.parameters)
+    functions = tuple(
+        Function(name, {key: list(given[key].shape) for key in program.input_names}, places[name])
+        for name, given in zip(names, inputs, strict=True)
+    )
+    write_signature(folder / MODEL, Signature(functions, tuple(program.output_names), padding, why_unpadded))
     return Written(imported.kernels, tiling.records)
+
+
+def _write_parameters(folder: Path, taken: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[int]]:
+    """Write every array once, and return which of them each function takes."""
+    known: dict[tuple[str, tuple[int, ...], str], int] = {}
+    arrays: dict[str, np.ndarray] = {}
+    places: dict[str, list[int]] = {name: [] for name in taken}
+    for name, parameters in taken.items():
+        for array in parameters:
+            key = array.dtype.str, array.shape, hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+            place = known.setdefault(key, len(known))
+            arrays[f"p{place:04d}"] = array
+            places[name].append(place)
+    np.savez(folder / f"{MODEL}{PARAMETERS}", **arrays)  # type: ignore[arg-type]
+    return places
 
 
 def _compiled(function: Any, target: Any) -> Any:

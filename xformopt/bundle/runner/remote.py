@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from xformopt.errors import MeasurementError, UsageError, XformoptError
-from xformopt.lowering.tvm_session import FUNCTION, RUN_STATEFUL, read_parameters, read_signature, require_tvm
+from xformopt.lowering.tvm_session import RUN_STATEFUL, read_parameters, require_tvm
+from xformopt.lowering.tvm_signature import Call, read_signature
 from xformopt.measure.child import Child
 from xformopt.measure.contest import BenchSettings, Candidate, Contest, Entry, Progress
 from xformopt.measure.runner import Array, OperatorTime
@@ -123,9 +124,9 @@ class RemoteRunner:
             )
         manifest = json.loads((path / "artifact.json").read_text(encoding="utf-8"))
         model = path / manifest["model"]
-        signature = read_signature(model)
+        self._signature = read_signature(model)
         self.target, self.precision = target, str(manifest["precision"])
-        self.input_names, self.output_names = tuple(signature["inputs"]), tuple(signature["outputs"])
+        self.input_names, self.output_names = self._signature.inputs, self._signature.outputs
         self.size_bytes = sum(part.stat().st_size for part in model.parent.glob(f"{model.name}*"))
         self.fallbacks: list[str] = []
         remote = _kept_connection(os.environ[_ADDRESS])
@@ -140,39 +141,41 @@ class RemoteRunner:
             remote.upload(os.fspath(model), sent)
             self._machine: Any = relax.VirtualMachine(remote.load_module(sent), self._device)
             self._parameters = [self._tensor(array, self._device) for array in read_parameters(model)]
-        self._held: Mapping[str, np.ndarray] | None = None
+        self._held: tuple[Mapping[str, np.ndarray], Call] | None = None
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; inputs that were sent before are not sent again."""
         with _on_device("running"):
-            self._send(inputs)
-            self._machine.invoke_stateful(FUNCTION)
-            outputs = self._machine.get_outputs(FUNCTION)
+            call = self._send(inputs)
+            self._machine.invoke_stateful(call.function.name)
+            outputs = self._machine.get_outputs(call.function.name)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            return {name: output.numpy() for name, output in zip(self.output_names, outputs, strict=True)}
+            return self._signature.cut(call, [output.numpy() for output in outputs])
 
     def time_round(self, inputs: Mapping[str, np.ndarray], min_seconds: float) -> list[float]:
         """Return samples in milliseconds by the device's clock, ``min_seconds`` of them: the way there is left out."""
         with _on_device("timing"):
-            self._send(inputs)
-            timed = self._timed(1)[0]
+            name = self._send(inputs).function.name
+            timed = self._timed(name, 1)[0]
             wanted = math.ceil(1e3 * min_seconds / max(timed, 1e-3))
-            return self._timed(min(max(wanted, _FEWEST_SAMPLES), _MOST_SAMPLES))
+            return self._timed(name, min(max(wanted, _FEWEST_SAMPLES), _MOST_SAMPLES))
 
     def profile(self, inputs: Mapping[str, np.ndarray], rounds: int) -> list[OperatorTime] | None:
         """Tell nothing: hooks do not reach over the connection."""
         return None
 
-    def _timed(self, samples: int) -> list[float]:
+    def _timed(self, function: str, samples: int) -> list[float]:
         evaluator = self._machine.time_evaluator(RUN_STATEFUL, self._device, number=1, repeat=samples)
-        return [1e3 * seconds for seconds in evaluator(FUNCTION).results]
+        return [1e3 * seconds for seconds in evaluator(function).results]
 
-    def _send(self, inputs: Mapping[str, np.ndarray]) -> None:
-        if inputs is self._held:
-            return
-        given = [self._tensor(np.ascontiguousarray(inputs[name]), self._device) for name in self.input_names]
-        self._machine.set_input(FUNCTION, *given, *self._parameters)
-        self._held = inputs
+    def _send(self, inputs: Mapping[str, np.ndarray]) -> Call:
+        if self._held is None or self._held[0] is not inputs:
+            call = self._signature.choose(inputs)
+            given = [self._tensor(np.ascontiguousarray(array), self._device) for array in call.inputs]
+            parameters = [self._parameters[index] for index in call.function.parameters]
+            self._machine.set_input(call.function.name, *given, *parameters)
+            self._held = inputs, call
+        return self._held[1]
 
 
 def open_runner(target: str, path: Path, *, threads: int, profile_to: Path | None = None) -> RemoteRunner:
