@@ -16,12 +16,16 @@ from xformopt.kernels.attention.tvm import Sizes, attention
 from xformopt.kernels.layer_norm.reference import layer_norm as reference_layer_norm
 from xformopt.kernels.layer_norm.tvm import layer_norm
 from xformopt.kernels.linear.tvm import matmul, pack
+from xformopt.kernels.packing import pack as pack_codes
 from xformopt.kernels.patch_embedding.tvm import patches
 from xformopt.kernels.quantized_linear.reference import dynamic_range as reference_range
 from xformopt.kernels.quantized_linear.reference import quantize_activation, quantized_linear
 from xformopt.kernels.quantized_linear.tvm import codes, dynamic_span
 from xformopt.kernels.quantized_linear.tvm import matmul as matmul8
 from xformopt.kernels.quantized_linear.tvm import pack as pack8
+from xformopt.kernels.shift_linear.reference import shift_linear
+from xformopt.kernels.shift_linear.tvm import matmul as shift_matmul
+from xformopt.kernels.shift_linear.tvm import words
 from xformopt.kernels.tvm_form import Machine, Tile
 from xformopt.kernels.tvm_integers import dot_of
 from xformopt.kernels.tvm_math import FUNCTIONS as TVM_FUNCTIONS
@@ -186,3 +190,22 @@ def test_the_range_sees_every_number(size: int) -> None:
         x = torch.zeros(1, size)
         x[0, place] = 255 if place % 2 else -255
         np.testing.assert_array_equal(run(dynamic_span((1, size)), (2,), x), [1, 0 if place % 2 else 255])
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_shift_linear(bits: int, has_bias: bool, rng: torch.Generator) -> None:
+    rows, inner, columns, top = 9, 13, 21, -1
+    x = torch.randn(rows, inner, generator=rng) * 3
+    # what is nothing, however it is written, and what is next to nothing
+    x[0, :4] = torch.tensor([0.0, -0.0, 1e-42, -1e-30])
+    codes = torch.randint(0, 2**bits, (columns, inner), generator=rng).to(torch.uint8)
+    # the weight 0 has two codes
+    codes[:, 0], codes[:, 1] = 0, 2 ** (bits - 1)
+    weight, bias = pack_codes(codes, bits), torch.randn(columns, generator=rng)
+    tile = Tile(4, 8)
+    kernel = shift_matmul((rows, inner), (rows, columns), tile, has_bias=has_bias)
+    panels = pack(words(weight, bits, top, inner), tile.columns)
+    found = run(kernel, (rows, columns), x, panels, *([bias] if has_bias else []))
+    expected = shift_linear(x, weight, bias if has_bias else None, bits=bits, top=top)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6, atol=1e-6)

@@ -16,7 +16,7 @@ from xformopt.cli.options import the_lengths
 from xformopt.errors import ArtifactError, DataError, LoweringError, UsageError
 from xformopt.kernels.attention.tvm import Sizes
 from xformopt.kernels.linear.tvm import pack
-from xformopt.lowering import load, lower, open_runner, tvm_build
+from xformopt.lowering import load, lower, open_runner, tvm_build, tvm_trace
 from xformopt.lowering.reference import reference_inputs
 from xformopt.lowering.tvm_signature import read_signature
 from xformopt.measure.machine import describe_machine
@@ -200,9 +200,18 @@ def test_a_library_for_another_processor_is_refused(folder: Path, tmp_path: Path
 
 
 def test_an_operator_tvm_does_not_know_is_named() -> None:
-    text = 'program "odd" lifted\ninput %x: f32[4]\n%y: f32[4] = aten.special_bessel_j0(%x)\nreturn y=%y'
-    with pytest.raises(LoweringError, match=r"special_bessel_j0.*ort-cpu"):
+    line = "%y: f32[4] = aten.special_bessel_j0(%x)  # layer.0.window"
+    text = f'program "odd" lifted\ninput %x: f32[4]\n{line}\nreturn y=%y'
+    with pytest.raises(LoweringError, match=r"special_bessel_j0 at layer.0.window. Lower the program for ort-cpu\.$"):
         lower(Program.parse(text), "tvm-cpu")
+
+
+def test_a_traced_node_knows_its_origin(encoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tvm_trace, "kernel_of", lambda operator: None)
+    traced = tvm_trace.trace(encoder, reference_inputs(encoder, SIZES))
+    origins = [tvm_trace.origin_of(node) for node in traced.graph.nodes if node.op == "call_function"]
+    assert tvm_trace.Origin("xf.attention", "layer.0.attention") in origins
+    assert all(origins)
 
 
 def test_a_library_is_no_onnx_file(encoder: Program, tmp_path: Path) -> None:

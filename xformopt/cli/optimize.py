@@ -103,7 +103,6 @@ def optimize(
         "passes": pass_ or (),
         "batch": batch,
         "length": length,
-        "lengths": o.the_lengths(lengths),
         "trust_remote_code": trust_remote_code,
     }
     console = display.console_beside(json)
@@ -123,6 +122,7 @@ def optimize(
             name,
             path,
             **chosen,
+            lengths=o.the_lengths(lengths),
             calibration=calibration or (),
             task=task,
             max_drift=max_drift,

@@ -13,7 +13,7 @@ from torch import fx
 from xformopt.errors import LoweringError
 from xformopt.kernels.definition import find_operator
 from xformopt.kernels.tvm_form import Builder, Machine, Tile, Trial, TvmNode
-from xformopt.lowering.tvm_trace import Traced, arguments_of, kernel_of
+from xformopt.lowering.tvm_trace import Origin, Traced, arguments_of, kernel_of, origin_of
 from xformopt.program.text import target_name
 
 __all__ = ["Imported", "import_traced"]
@@ -104,10 +104,15 @@ def _shapes_of(node: fx.Node) -> list[tuple[int, ...]]:
 def _check_known(traced: Traced, known: Any) -> None:
     for node in traced.graph.nodes:
         if node.op == "call_function" and find_operator(node.target) is None and _name_of(node) not in known:
-            raise LoweringError(
-                f"TVM has no form of {target_name(node.target)}, which the program computes. "
-                f"Lower it for ort-cpu, or remove the operator by a pass."
-            )
+            raise LoweringError(_unknown(target_name(node.target), origin_of(node)))
+
+
+def _unknown(operator: str, origin: Origin | None) -> str:
+    """Say which operator TVM does not know, where it is, and what avoids it."""
+    where = f" at {origin.path}" if origin is not None and origin.path else ""
+    part = f", a step of {origin.operator}" if origin is not None and origin.operator not in ("", operator) else ""
+    from_pass = ", or leave out the pass that makes it" if part.startswith(", a step of xf.") else ""
+    return f"TVM has no form of {operator}{part}{where}. Lower the program for ort-cpu{from_pass}."
 
 
 def _name_of(node: fx.Node) -> str:
