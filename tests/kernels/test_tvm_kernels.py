@@ -16,6 +16,10 @@ from xformopt.kernels.attention.tvm import Sizes, attention
 from xformopt.kernels.layer_norm.reference import layer_norm as reference_layer_norm
 from xformopt.kernels.layer_norm.tvm import layer_norm
 from xformopt.kernels.linear.tvm import matmul, pack
+from xformopt.kernels.match_tokens.reference import match_tokens
+from xformopt.kernels.match_tokens.tvm import match
+from xformopt.kernels.merge_tokens.reference import merge_tokens
+from xformopt.kernels.merge_tokens.tvm import merge
 from xformopt.kernels.packing import pack as pack_codes
 from xformopt.kernels.patch_embedding.tvm import patches
 from xformopt.kernels.quantized_linear.reference import dynamic_range as reference_range
@@ -209,3 +213,25 @@ def test_shift_linear(bits: int, has_bias: bool, rng: torch.Generator) -> None:
     found = run(kernel, (rows, columns), x, panels, *([bias] if has_bias else []))
     expected = shift_linear(x, weight, bias if has_bias else None, bits=bits, top=top)
     np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_sizes", [False, True])
+@pytest.mark.parametrize(("tokens", "prefix", "r"), [(12, 1, 3), (9, 0, 4), (10, 2, 0)])
+def test_matching_and_merging_tokens(has_sizes: bool, tokens: int, prefix: int, r: int, rng: torch.Generator) -> None:
+    keys, x = torch.randn(2, tokens, 12, generator=rng), torch.randn(2, tokens, 21, generator=rng)
+    # tokens that are alike: their order is that of their places
+    keys[0, prefix + 2] = keys[0, prefix]
+    sizes = torch.randint(0, 3, (2, tokens), generator=rng).float()
+    given = (sizes,) if has_sizes else ()
+    expected = match_tokens(keys, *given, heads=3, prefix=prefix, r=r)
+    indices = [tvm.runtime.tensor(np.full(value.shape, -1, np.int64)) for value in expected]
+    operands = [tvm.runtime.tensor(value.numpy()) for value in (keys, *given)]
+    compiled(match(keys.shape, 3, prefix, r, has_sizes))(*operands, *indices)
+    for found, value in zip(indices, expected, strict=True):
+        np.testing.assert_array_equal(found.numpy(), value.numpy())
+
+    merged, total = merge_tokens(x, *expected, *given)
+    shapes = (tuple(merged.shape), tuple(total.shape))
+    found_merged, found_total = run_many(merge(x.shape, r, has_sizes), shapes, x, *expected, *given)
+    np.testing.assert_allclose(found_merged, merged.numpy(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found_total, total.numpy())
