@@ -16,6 +16,9 @@ from xformopt.kernels.attention.tvm import Sizes, attention
 from xformopt.kernels.layer_norm.reference import layer_norm as reference_layer_norm
 from xformopt.kernels.layer_norm.tvm import layer_norm
 from xformopt.kernels.linear.tvm import matmul, pack
+from xformopt.kernels.linear_attention.reference import linear_attention as reference_linear_attention
+from xformopt.kernels.linear_attention.tvm import Sizes as LinearSizes
+from xformopt.kernels.linear_attention.tvm import linear_attention
 from xformopt.kernels.match_tokens.reference import match_tokens
 from xformopt.kernels.match_tokens.tvm import match
 from xformopt.kernels.merge_tokens.reference import merge_tokens
@@ -235,3 +238,19 @@ def test_matching_and_merging_tokens(has_sizes: bool, tokens: int, prefix: int, 
     found_merged, found_total = run_many(merge(x.shape, r, has_sizes), shapes, x, *expected, *given)
     np.testing.assert_allclose(found_merged, merged.numpy(), rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(found_total, total.numpy())
+
+
+@pytest.mark.parametrize("feature", ["elu", "given"])
+@pytest.mark.parametrize(
+    ("causal", "has_mask", "normalize"), [(False, False, True), (False, True, True), (True, True, False)]
+)
+def test_linear_attention(feature: str, causal: bool, has_mask: bool, normalize: bool, rng: torch.Generator) -> None:
+    B, T, S, heads, D, E = 2, 7, 7 if causal else 9, 3, 5, 24
+    q, k = (torch.rand(B, size, heads * D, generator=rng) * 4 - (2 if feature == "elu" else 0) for size in (T, S))
+    v = torch.randn(B, S, heads * E, generator=rng)
+    mask = torch.rand(B, S, generator=rng) > 0.3
+    sizes = LinearSizes(B, T, S, heads, D, E, feature, has_mask, causal, normalize, 1e-6)
+    options = {"heads": heads, "feature": feature, "causal": causal, "normalize": normalize}
+    expected = reference_linear_attention(q, k, v, mask if has_mask else None, **options)
+    found = run(linear_attention(sizes), (B, T, heads * E), q, k, v, *([mask] if has_mask else []))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
