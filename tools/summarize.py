@@ -143,12 +143,32 @@ def tvm(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def multiplication_free(found: Mapping[str, Any]) -> str:
+    """What products by shifts cost, save and lose."""
+    parts, entries = [], found["parts"]
+    if (accuracy := entries.get("accuracy on digits")) is not None:
+        rows = [[form, f"{entry['value']:.4f}"] for form, entry in accuracy.items()]
+        parts += ["Every linear layer in one form, untrained: accuracy on `digits`.", table(["form", "accuracy"], rows)]
+    if (layers := entries.get("one layer")) is not None:
+        parts.append("One linear layer: median, ms, on two threads, and the energy of its arithmetic, microjoules.")
+        rows = []
+        for entry in layers["shapes"]:
+            sizes = " x ".join(map(str, entry["rows, inputs, outputs"]))
+            for run in entry["bench"]["runs"]:
+                form = run["name"].split()[0]
+                taken = "failed" if run["error"] else milliseconds(run["latency_ms"]["p50"])
+                rows.append([f"{sizes}, {run['name']}", taken, f"{entry['microjoules'][form]:.1f}"])
+        parts += [table(["layer", "p50, ms", "uJ"], rows), f"Energy: {found['energy']}; {found['formula']}."]
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "reduction": ("Doing less", reduction),
     "low-bit": ("Few bits", low_bit),
     "packing": ("Padding-free execution", packing),
     "lengths": ("Attention against length", lengths),
     "tvm": ("TVM", tvm),
+    "multiplication-free": ("Linear layers without multiplications", multiplication_free),
 }
 
 

@@ -143,8 +143,7 @@ def test_patches(rng: torch.Generator) -> None:
     np.testing.assert_array_equal(found, expected.numpy())
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("shape", [(3, 5), (1, 7, 701)])
+@pytest.mark.parametrize(("function", "shape"), [("relu", (3, 5)), ("gelu", (1, 7, 701)), ("silu", (2, 16))])
 def test_activation(function: str, shape: tuple[int, ...], rng: torch.Generator) -> None:
     x = torch.randn(shape, generator=rng) * 3
     np.testing.assert_allclose(run(activate(shape, function), shape, x), FUNCTIONS[function](x), rtol=2e-6, atol=2e-6)
@@ -191,7 +190,7 @@ def test_zeros_have_a_range() -> None:
     np.testing.assert_array_equal(run(dynamic_span((3, 7)), (2,), torch.zeros(3, 7)), [1, 0])
 
 
-@pytest.mark.parametrize("size", [1, 3, 255, 256, 257, 1000, 4097, 16384])
+@pytest.mark.parametrize("size", [1, 255, 257, 4097])
 def test_the_range_sees_every_number(size: int) -> None:
     for place in {0, size // 2, size - 1}:
         x = torch.zeros(1, size)
@@ -199,8 +198,7 @@ def test_the_range_sees_every_number(size: int) -> None:
         np.testing.assert_array_equal(run(dynamic_span((1, size)), (2,), x), [1, 0 if place % 2 else 255])
 
 
-@pytest.mark.parametrize("bits", [5, 6])
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("bits", "has_bias"), [(5, True), (6, False)])
 def test_shift_linear(bits: int, has_bias: bool, rng: torch.Generator) -> None:
     rows, inner, columns, top = 9, 13, 21, -1
     x = torch.randn(rows, inner, generator=rng) * 3
@@ -218,8 +216,9 @@ def test_shift_linear(bits: int, has_bias: bool, rng: torch.Generator) -> None:
     np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("has_sizes", [False, True])
-@pytest.mark.parametrize(("tokens", "prefix", "r"), [(12, 1, 3), (9, 0, 4), (10, 2, 0)])
+@pytest.mark.parametrize(
+    ("has_sizes", "tokens", "prefix", "r"), [(False, 12, 1, 3), (True, 9, 0, 4), (True, 11, 2, 1), (False, 10, 2, 0)]
+)
 def test_matching_and_merging_tokens(has_sizes: bool, tokens: int, prefix: int, r: int, rng: torch.Generator) -> None:
     keys, x = torch.randn(2, tokens, 12, generator=rng), torch.randn(2, tokens, 21, generator=rng)
     # tokens that are alike: their order is that of their places
@@ -240,9 +239,9 @@ def test_matching_and_merging_tokens(has_sizes: bool, tokens: int, prefix: int, 
     np.testing.assert_array_equal(found_total, total.numpy())
 
 
-@pytest.mark.parametrize("feature", ["elu", "given"])
 @pytest.mark.parametrize(
-    ("causal", "has_mask", "normalize"), [(False, False, True), (False, True, True), (True, True, False)]
+    ("feature", "causal", "has_mask", "normalize"),
+    [("elu", False, False, True), ("given", False, True, True), ("elu", True, True, False)],
 )
 def test_linear_attention(feature: str, causal: bool, has_mask: bool, normalize: bool, rng: torch.Generator) -> None:
     B, T, S, heads, D, E = 2, 7, 7 if causal else 9, 3, 5, 24
