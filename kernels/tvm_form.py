@@ -33,11 +33,13 @@ class Machine:
     Attributes:
         lanes: How many fp32 numbers one vector register holds.
         registers: How many vector registers there are.
+        dot: How it adds products of 8-bit integers: ``vnni`` (AVX-512), ``madd`` (AVX2), ``sdot`` (Arm), or ``plain``.
 
     """
 
     lanes: int
     registers: int
+    dot: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Builder:
         value: Returns the value of a node of the traced graph.
         constants: The parameters of the Program, by the traced graph's nodes.
         tiles: What measurement chose, by function.
+        shared: Values that several nodes need, by key.
         packed: Arrays that kernels derived from parameters, by key; passed to the function like parameters.
         trials: The functions called so far that have a choice of tiles.
 
@@ -134,6 +137,7 @@ class Builder:
     value: Callable[[fx.Node], Value]
     constants: Mapping[fx.Node, torch.Tensor]
     tiles: Mapping[str, Tile] = field(default_factory=dict)
+    shared: dict[str, Value] = field(default_factory=dict)
     packed: dict[str, tuple[Value, np.ndarray]] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
     _functions: dict[str, Any] = field(default_factory=dict)
@@ -148,16 +152,29 @@ class Builder:
             self.packed[key] = variable, array
         return self.packed[key][0]
 
+    def once(self, key: str, emit: Callable[[], Value]) -> Value:
+        """Return the value that ``emit`` emits, once for each key."""
+        if key not in self.shared:
+            self.shared[key] = emit()
+        return self.shared[key]
+
     def tile(self, name: str, make: Callable[[Tile], Any], default: Tile, others: Sequence[Tile]) -> Tile:
         """Return the tile that was measured to be best for the function ``name``, or else ``default``."""
         self.trials.setdefault(name, Trial(make, default, tuple(tile for tile in others if tile != default)))
         return self.tiles.get(name, default)
 
-    def call(self, name: str, make: Callable[[], Any], operands: list[Value], *shapes: tuple[int, ...]) -> Value:
+    def call(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        operands: list[Value],
+        *shapes: tuple[int, ...],
+        dtype: str = "float32",
+    ) -> Value:
         """Call the function named ``name`` on ``operands``; ``make`` writes it when the name is new.
 
         The function is written to the end: nothing is fused into it, and no default schedule applied.  It returns one
-        value for each of ``shapes``; several as a tuple.
+        value of ``dtype`` for each of ``shapes``; several as a tuple.
         """
         from tvm import relax
 
@@ -165,6 +182,6 @@ class Builder:
             written = make().without_attr("global_symbol").with_attr("op_pattern", _OPAQUE)
             written = written.with_attr("tirx.is_scheduled", True)
             self._functions[name] = self.block_builder.add_func(written, name)
-        results = [relax.TensorType(shape, "float32") for shape in shapes]
+        results = [relax.TensorType(shape, dtype) for shape in shapes]
         called = relax.call_tir(self._functions[name], operands, results if len(results) > 1 else results[0])
         return self.block_builder.emit(called)

@@ -32,25 +32,26 @@ def flat(buffer: Any, shape: Sequence[int]) -> Any:
     return ir.buffer_proxy(ir.decl_buffer(tuple(shape), buffer.dtype, data=buffer.data))
 
 
-def room(shape: Sequence[int]) -> Any:
+def room(shape: Sequence[int], dtype: str = "float32") -> Any:
     """Return memory of the thread's own."""
     from tvm.script.ir_builder import tirx as ir
 
-    return ir.buffer_proxy(ir.alloc_buffer(tuple(shape), "float32", scope="global"))
+    return ir.buffer_proxy(ir.alloc_buffer(tuple(shape), dtype, scope="global"))
 
 
-def registers(rows: int, columns: int) -> list[Any]:
+def registers(rows: int, columns: int, dtype: str = "float32") -> list[Any]:
     """Return a tile of zeros, row by row.
 
     Each row is an array of its own, of the scope "global": LLVM keeps small arrays in registers, and TVM puts those
     over 1 KiB, and all of the scope "local", on the heap, where every step of a sum would be stored.
     """
+    from tvm import tirx
     from tvm.script.ir_builder import tirx as ir
 
-    tile = [ir.buffer_proxy(ir.alloc_buffer((columns,), "float32", scope="global")) for _ in range(rows)]
+    tile = [ir.buffer_proxy(ir.alloc_buffer((columns,), dtype, scope="global")) for _ in range(rows)]
     for row in tile:
         with ir.vectorized(0, columns) as j:
-            row[j] = ir.float32(0.0)
+            row[j] = tirx.const(0, dtype)
     return tile
 
 

@@ -131,9 +131,35 @@ def lengths(found: Mapping[str, Any]) -> str:
 
 def tvm(found: Mapping[str, Any]) -> str:
     """TVM's target beside ONNX Runtime's."""
-    rows = [[name, *(f"{ratio:.2f}" for ratio in entry["p50_over_ort_cpu"].values())] for name, entry in found.items()]
-    columns = next(iter(found.values()))["p50_over_ort_cpu"]
-    return "Median latency over that of `ort-cpu`, of the exact program.\n\n" + table(["model", *columns], rows)
+    parts = []
+    for key, what in (
+        ("p50_over_ort_cpu", "Median latency over that of `ort-cpu`, of the exact program."),
+        ("int8_p50_over_ort_cpu_int8", "The same of the program in int8, over `ort-cpu` in int8."),
+    ):
+        entries = {name: entry[key] for name, entry in found.items() if key in entry}
+        if entries:
+            rows = [[name, *(f"{ratio:.2f}" for ratio in ratios.values())] for name, ratios in entries.items()]
+            parts += [what, table(["model", *next(iter(entries.values()))], rows)]
+    return "\n\n".join(parts)
+
+
+def multiplication_free(found: Mapping[str, Any]) -> str:
+    """What products by shifts cost, save and lose."""
+    parts, entries = [], found["parts"]
+    if (accuracy := entries.get("accuracy on digits")) is not None:
+        rows = [[form, f"{entry['value']:.4f}"] for form, entry in accuracy.items()]
+        parts += ["Every linear layer in one form, untrained: accuracy on `digits`.", table(["form", "accuracy"], rows)]
+    if (layers := entries.get("one layer")) is not None:
+        parts.append("One linear layer: median, ms, on two threads, and the energy of its arithmetic, microjoules.")
+        rows = []
+        for entry in layers["shapes"]:
+            sizes = " x ".join(map(str, entry["rows, inputs, outputs"]))
+            for run in entry["bench"]["runs"]:
+                form = run["name"].split()[0]
+                taken = "failed" if run["error"] else milliseconds(run["latency_ms"]["p50"])
+                rows.append([f"{sizes}, {run['name']}", taken, f"{entry['microjoules'][form]:.1f}"])
+        parts += [table(["layer", "p50, ms", "uJ"], rows), f"Energy: {found['energy']}; {found['formula']}."]
+    return "\n\n".join(parts)
 
 
 def retraining(found: Mapping[str, Any]) -> str:
@@ -170,6 +196,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "lengths": ("Attention against length", lengths),
     "tvm": ("TVM", tvm),
     "retraining": ("Trained again", retraining),
+    "multiplication-free": ("Linear layers without multiplications", multiplication_free),
 }
 
 

@@ -36,6 +36,7 @@ from xformopt.evaluation import (
 from xformopt.files import check_output, staged_file
 from xformopt.inspection import Inspection, Plan, inspect, passes_of, plan
 from xformopt.lineup import sort_candidates
+from xformopt.lowering.catalog import TUNING_SECONDS
 from xformopt.original import Model, Original, capture_original, chosen_inputs, chosen_sizes
 from xformopt.pipeline import Pass, Pipeline, PipelineResult, Record
 from xformopt.pipeline.run import describe
@@ -108,6 +109,7 @@ def optimize(
     task: str | Task | None = None,
     batch: int | None = None,
     length: int | None = None,
+    lengths: Sequence[int] = (),
     max_drift: float | None = None,
     strict: bool = False,
     keep_if_faster: bool = False,
@@ -116,7 +118,7 @@ def optimize(
     assume: Iterable[str] = (),
     seed: int = 0,
     threads: int | None = None,
-    tuning_seconds: float = 40.0,
+    tuning_seconds: float = TUNING_SECONDS,
     rounds: int | None = None,
     overwrite: bool = False,
     keep_program: bool = True,
@@ -137,6 +139,7 @@ def optimize(
             given, and, on validation items, the score that passes may choose by.
         batch: Size of the batch to choose forms for and to measure at; that of the example where left out.
         length: The same of the length.
+        lengths: For ``tvm-*``: lengths to compile a function for, each.
         max_drift: Largest relative L2 to the original that a lossy pass may reach.
         strict: A pass over that budget stops the run instead of being taken back.
         keep_if_faster: A lossy pass without a measured speed-up is taken back.
@@ -171,6 +174,7 @@ def optimize(
     if chosen is not None:
         check_fit(chosen, eager)
         batches = [*batches] or calibration_of(chosen, original.program)
+    length = max(lengths) if lengths and length is None else length
     sizes = chosen_sizes(original.program, batch, length)
     inputs = chosen_inputs(original.program, batch, length, seed=seed)
     settings = BenchSettings(threads=threads, rounds=rounds, seed=seed)
@@ -192,6 +196,7 @@ def optimize(
         target,
         measure=measure_lowering,
         sizes=sizes,
+        lengths=lengths,
         threads=threads,
         tuning_seconds=tuning_seconds,
         captured=original.program,
@@ -217,9 +222,10 @@ def export(
     target: str = "ort-cpu",
     batch: int | None = None,
     length: int | None = None,
+    lengths: Sequence[int] = (),
     measure_lowering: bool = True,
     threads: int | None = None,
-    tuning_seconds: float = 40.0,
+    tuning_seconds: float = TUNING_SECONDS,
     overwrite: bool = False,
     keep_program: bool = True,
     trust_remote_code: bool = False,
@@ -233,6 +239,7 @@ def export(
         target: What to lower to.
         batch: Size of the batch to choose forms for; that of the example where left out.
         length: The same of the length.
+        lengths: For ``tvm-*``: lengths to compile a function for, each.
         measure_lowering: Whether to time the forms an operator may take, and keep the fastest.
         threads: To choose forms for.
         tuning_seconds: How long to look for the fastest.
@@ -256,6 +263,7 @@ def export(
         recipe=None,
         batch=batch,
         length=length,
+        lengths=lengths,
         measure_lowering=measure_lowering,
         bench=False,
         threads=threads,
@@ -296,6 +304,7 @@ def bench(
         recipe: See ``targets``.
         batch: Where inputs are drawn; that of the example where left out.
         length: The same of the length.
+        lengths: For ``tvm-*``: lengths to compile a function for, each.
         threads: Of every run; None takes the cores this process may use.
         rounds: None chooses.
         over: The name of the run that speed-ups are over; ``eager`` if it is there, else the first.

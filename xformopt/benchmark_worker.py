@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from xformopt.errors import MeasurementError, XformoptError
 from xformopt.measure.fidelity import compare_outputs, default_tolerance
 from xformopt.measure.memory import peak_memory_bytes, reset_peak_memory, resident_memory_bytes
-from xformopt.measure.runner import Array, OpenRunner, Runner
+from xformopt.measure.runner import Array, DistantRunner, OpenRunner, Runner
 from xformopt.measure.timing import time_round, warm_up
 
 __all__ = ["Worker", "main"]
@@ -98,7 +99,7 @@ class Worker:
         return {
             "load_ms": load_ms,
             "first_run_ms": first_run_ms,
-            "base_memory_bytes": base_bytes,
+            "base_memory_bytes": None if isinstance(runner, DistantRunner) else base_bytes,
             "fidelity": fidelity,
             "size_bytes": runner.size_bytes,
             "precision": precision,
@@ -111,10 +112,14 @@ class Worker:
 
     def round(self, *, min_seconds: float) -> dict[str, Any]:
         """Time one round."""
+        if isinstance(self._runner, DistantRunner):
+            return {"samples_ms": self._runner.time_round(self._inputs, min_seconds)}
         return {"samples_ms": time_round(self._run, min_seconds)}
 
     def memory(self) -> dict[str, Any]:
-        """Tell the highest memory while loading and while running."""
+        """Tell the highest memory while loading and while running; None where it is another machine's."""
+        if isinstance(self._runner, DistantRunner):
+            return {"peak_memory_bytes": None}
         return {"peak_memory_bytes": max(self._peak_bytes, peak_memory_bytes())}
 
     def profile(self, *, rounds: int) -> dict[str, Any]:
@@ -182,14 +187,15 @@ def main() -> None:
     channel = _claim_standard_output()
     # an interrupt is the parent's to handle: it closes standard input
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker = Worker()
+    # one, but where candidates share a connection: there each command names its own
+    workers: defaultdict[str, Worker] = defaultdict(Worker)
     for line in sys.stdin:
         command = json.loads(line)
         for folder in command.pop("sys_path", ()):
             if folder not in sys.path:
                 sys.path.append(folder)
         try:
-            answer = worker.answer(**command)
+            answer = workers[command.pop("run", "")].answer(**command)
         except XformoptError as error:
             answer = {"error": str(error)}
         except Exception as error:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from xformopt.kernels.tvm_form import Builder, Kernel, Tile, TvmNode, Verdict
+from xformopt.kernels.tvm_form import Builder, Kernel, Machine, Tile, TvmNode, Verdict
 from xformopt.kernels.tvm_loops import add_tile, flat, registers, room, starts, write_function
 from xformopt.kernels.tvm_math import FUNCTIONS
 
-__all__ = ["KERNEL", "accepts", "emit", "emit_product", "matmul", "pack"]
+__all__ = ["KERNEL", "accepts", "emit", "emit_product", "matmul", "pack", "tiles_of"]
 
 
 def accepts(arguments: Mapping[str, Any]) -> Verdict:
@@ -54,7 +54,7 @@ def emit_product(
 
     kinds = [function or "", "bias" if bias is not None else ""]
     name = "_".join(["matmul", *map(str, (rows, inner, columns)), *filter(None, kinds)])
-    tile = b.tile(name, make, Tile.of(b.machine, rows, columns), _tiles(b, rows, columns))
+    tile = b.tile(name, make, Tile.of(b.machine, rows, columns), tiles_of(b.machine, rows, columns))
     operands = [x, _packed(b, weight, tile)]
     if bias is not None:
         operands.append(b.value(bias))
@@ -62,14 +62,14 @@ def emit_product(
     return b.call(name, lambda: make(tile), operands, shape)
 
 
-def _tiles(b: Builder, rows: int, columns: int) -> list[Tile]:
+def tiles_of(machine: Machine, rows: int, columns: int) -> list[Tile]:
     """Return the tiles worth trying: as many sums as registers hold, beside one row of the panel and one factor."""
     found = []
     for vectors in (1, 2, 3, 4):
-        width = vectors * b.machine.lanes
+        width = vectors * machine.lanes
         for height in range(2, 31):
             sums = vectors * height
-            if sums + vectors + 1 <= b.machine.registers and 2 * sums >= b.machine.registers:
+            if sums + vectors + 1 <= machine.registers and 2 * sums >= machine.registers:
                 found.append(Tile.fitted(height, width, rows, columns))
     # few rows computed twice come first, should time run out; of equal ones, high tiles
     return sorted(set(found), key=lambda tile: (tile.waste(rows, columns), -tile.rows * tile.columns))

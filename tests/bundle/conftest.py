@@ -30,6 +30,11 @@ return hidden=%y valid keep %mask
 
 
 @pytest.fixture(scope="session")
+def small() -> Program:
+    return Program.parse(SMALL)
+
+
+@pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an artifact that holds its original, one that does not, and one of another model."""
     folder = tmp_path_factory.mktemp("artifacts")

@@ -16,8 +16,11 @@ import pytest
 from xformopt.bundle.pack import write_bundle
 from xformopt.bundle.runner.__main__ import main
 from xformopt.bundle.runner.contents import read_contents
+from xformopt.bundle.runner.sessions import open_runner
 from xformopt.cli import main as command_line
 from xformopt.errors import ArtifactError, OutputError, UsageError
+from xformopt.lowering import lower
+from xformopt.program import Program
 from xformopt.report.schema import BenchReport
 
 QUICK = ("--rounds", "2", "--threads", "1")
@@ -203,6 +206,19 @@ def test_the_command_says_how_to_run_it(artifacts: Path, tmp_path: Path, capsys:
     assert "python -m runner" in said.out
     assert "no artifact holds its original" in said.err
     assert path.is_file()
+
+
+def test_inputs_that_may_be_left_out_are_packed(small: Program, tmp_path: Path) -> None:
+    text = str(small).replace("input %mask", "input %types: i64[batch,length] below 2 default zeros\ninput %mask")
+    program = Program.parse(text)
+    lower(program, measure=False, captured=program).save(tmp_path / "artifact")
+    write_bundle([tmp_path / "artifact"], tmp_path / "bundle.zip", batch=2, length=5)
+    with zipfile.ZipFile(tmp_path / "bundle.zip") as archive:
+        archive.extractall(tmp_path / "out")
+    contents = read_contents(tmp_path / "out")
+    assert contents.inputs["types"].shape == (2, 5)
+    runner = open_runner("ort-cpu", contents.candidates[0].path, threads=1)
+    np.testing.assert_allclose(runner.run(contents.inputs)["hidden"], contents.expected["hidden"], rtol=1e-5)
 
 
 def test_a_bundle_that_exists_is_kept(artifacts: Path, tmp_path: Path) -> None:

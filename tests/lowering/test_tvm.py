@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,17 @@ import pytest
 import torch
 
 from xformopt.api import export
+from xformopt.cli.options import the_lengths
 from xformopt.errors import ArtifactError, DataError, LoweringError, UsageError
 from xformopt.kernels.attention.tvm import Sizes
 from xformopt.kernels.linear.tvm import pack
-from xformopt.lowering import load, lower, open_runner
+from xformopt.lowering import load, lower, open_runner, tvm_build, tvm_trace
 from xformopt.lowering.reference import reference_inputs
+from xformopt.lowering.tvm_signature import read_signature
+from xformopt.measure.machine import describe_machine
+from xformopt.passes.quantize.quantize_dynamic import QuantizeDynamic
+from xformopt.passes.quantize.quantize_static import QuantizeStatic
+from xformopt.pipeline import Pass, Pipeline
 from xformopt.program import Program
 
 pytest.importorskip("tvm")
@@ -56,9 +63,119 @@ def test_kernels_took_what_they_can(folder: Path) -> None:
     assert {dim["name"]: (dim["low"], dim["high"]) for dim in manifest["dims"]} == {"batch": (2, 2), "length": (9, 9)}
 
 
+@pytest.mark.parametrize(("target", "static"), [("tvm-cpu", False), ("tvm-x86-64-v3", True)])
+def test_integer_products(encoder: Program, target: str, static: bool) -> None:
+    """Layers of 8-bit integers run as such, whether their range is calibrated or taken."""
+    if not tvm_build.runs_here(target):
+        pytest.skip("needs AVX2")
+    quantize: Pass = QuantizeStatic() if static else QuantizeDynamic()
+    batches = [reference_inputs(encoder, SIZES, seed=seed) for seed in range(2)]
+    program = Pipeline([quantize]).run(encoder, calibration=batches).program
+    artifact = lower(program, target, sizes=SIZES, measure=False)
+    assert artifact.manifest.forms["quantized_linear"] == {"kernel": 4}
+    assert artifact.manifest.precision == "int8"
+    arrays = arrays_of(encoder, SIZES)
+    expected = program.run({name: torch.from_numpy(value) for name, value in arrays.items()})
+    found = artifact.run(**arrays)
+    for name, value in expected.items():
+        gap = np.linalg.norm(found[name] - value.numpy()) / np.linalg.norm(value.numpy())
+        assert gap < 3e-3, name
+
+
 def test_other_sizes_are_refused(encoder: Program, folder: Path) -> None:
     with pytest.raises(DataError, match=r"length in \[9, 9\]"):
         load(folder).run(**arrays_of(encoder, {"batch": 2, "length": 10}))
+
+
+@pytest.fixture(scope="module")
+def several(encoder: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tvm") / "artifact"
+    lower(encoder, "tvm-cpu", sizes={"batch": 2}, lengths=(5, 9), measure=False, captured=encoder).save(path)
+    return path
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 7, 9])
+def test_a_length_in_between_is_padded(encoder: Program, several: Path, length: int) -> None:
+    arrays = arrays_of(encoder, {"batch": 2, "length": length})
+    # a sequence that ends before the other
+    arrays["mask"][1, max(length - 2, 1) :] = 0
+    expected = encoder.run({name: torch.from_numpy(value) for name, value in arrays.items()})
+    found = load(several, threads=1).run(**arrays)
+    assert found["hidden"].shape == (2, length, 24)
+    keep = arrays["mask"].astype(bool)
+    np.testing.assert_allclose(found["hidden"][keep], expected["hidden"].numpy()[keep], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["pooled"], expected["pooled"].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_functions_share_what_is_equal(several: Path, folder: Path) -> None:
+    stored = read_signature(several / "model.so")
+    assert [function.inputs["ids"] for function in stored.functions] == [[2, 5], [2, 9]]
+    first, second = (set(function.parameters) for function in stored.functions)
+    assert first & second
+    # two functions do not hold the weights twice
+    assert (several / "model.so.npz").stat().st_size < 1.5 * (folder / "model.so.npz").stat().st_size
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 2, "length": 10}, {"batch": 1, "length": 5}])
+def test_what_no_function_takes(encoder: Program, several: Path, sizes: dict[str, int]) -> None:
+    with pytest.raises(DataError, match=r"in \[1, 9\]|in \[2, 2\]"):
+        load(several).run(**arrays_of(encoder, sizes))
+    with pytest.raises(DataError, match=r"compiled for \[2, 5\] and \[2, 9\]"):
+        open_runner("tvm-cpu", several, threads=1).run(arrays_of(encoder, sizes))
+
+
+UNMASKED = """
+program "unmasked" lifted
+dim length in [1, 64]
+input %x: f32[1,length,8]
+param %w: f32[8,8]
+%y: f32[1,length,8] = xf.linear(%x, %w)
+%z: f32[1,8] = aten.mean.dim(%y) {dim=[1]}
+return y=%y, z=%z
+"""
+# the mean counts what is padded, whatever the mask says of the other output
+DISOBEDIENT = UNMASKED.replace("param %w", "input %mask: i64[1,length]\nparam %w").replace(
+    "return y=%y", "return y=%y valid keep %mask"
+)
+LONGER = """
+program "longer" lifted
+dim length in [1, 64]
+input %x: f32[1,length,8]
+input %mask: i64[1,length]
+param %first: f32[1,1,8]
+%y: f32[1,length+1,8] = aten.cat([%first, %x]) {dim=1}
+return x=%x valid keep %mask, y=%y
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (UNMASKED, "has no padding mask"),
+        (DISOBEDIENT, "changes the model's answer"),
+        (LONGER, "the output y is length\\s*\\+\\s*1 long"),
+    ],
+)
+def test_what_is_not_padded(text: str, why: str) -> None:
+    program = Program.parse(text)
+    artifact = lower(program, "tvm-cpu", lengths=(9, 4), measure=False)
+    for length in (4, 9):
+        arrays = arrays_of(program, {"length": length})
+        expected = program.run({name: torch.from_numpy(value) for name, value in arrays.items()})
+        for name, value in artifact.run(**arrays).items():
+            np.testing.assert_allclose(value, expected[name].numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match=why):
+        artifact.run(**arrays_of(program, {"length": 6}))
+
+
+def test_lengths_are_for_tvm(encoder: Program) -> None:
+    with pytest.raises(UsageError, match="takes any length"):
+        lower(encoder, "ort-cpu", lengths=(4, 8))
+    with pytest.raises(DataError, match="The size 65"):
+        lower(encoder, "tvm-cpu", lengths=(4, 65))
+    with pytest.raises(UsageError, match="'many'"):
+        the_lengths("4,many")
+    assert the_lengths("8, 4") == [8, 4]
 
 
 def test_the_runner_tells_the_time_of_kernels(encoder: Program, folder: Path) -> None:
@@ -83,9 +200,18 @@ def test_a_library_for_another_processor_is_refused(folder: Path, tmp_path: Path
 
 
 def test_an_operator_tvm_does_not_know_is_named() -> None:
-    text = 'program "odd" lifted\ninput %x: f32[4]\n%y: f32[4] = aten.special_bessel_j0(%x)\nreturn y=%y'
-    with pytest.raises(LoweringError, match=r"special_bessel_j0.*ort-cpu"):
+    line = "%y: f32[4] = aten.special_bessel_j0(%x)  # layer.0.window"
+    text = f'program "odd" lifted\ninput %x: f32[4]\n{line}\nreturn y=%y'
+    with pytest.raises(LoweringError, match=r"special_bessel_j0 at layer.0.window. Lower the program for ort-cpu\.$"):
         lower(Program.parse(text), "tvm-cpu")
+
+
+def test_a_traced_node_knows_its_origin(encoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tvm_trace, "kernel_of", lambda operator: None)
+    traced = tvm_trace.trace(encoder, reference_inputs(encoder, SIZES))
+    origins = [tvm_trace.origin_of(node) for node in traced.graph.nodes if node.op == "call_function"]
+    assert tvm_trace.Origin("xf.attention", "layer.0.attention") in origins
+    assert all(origins)
 
 
 def test_a_library_is_no_onnx_file(encoder: Program, tmp_path: Path) -> None:
@@ -109,6 +235,26 @@ def test_functions_of_other_sizes_have_other_names() -> None:
         Sizes(1, 9, 9, 4, 4, 6, 6, 0.4, False, False, 0, -1),
     ]
     assert len({plain.name, *(sizes.name for sizes in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("isa", "architecture", "runs"),
+    [
+        (("avx2", "fma", "f16c", "avx512f"), "x86_64", {"tvm-cpu", "tvm-x86-64-v3"}),
+        # an Atom, or a virtual machine that hides them
+        (("avx2",), "x86_64", {"tvm-cpu"}),
+        ((), "x86_64", {"tvm-cpu"}),
+        (("asimd", "asimddp"), "aarch64", {"tvm-cpu", "tvm-aarch64"}),
+        # a Raspberry Pi 4 has no dot products
+        (("asimd",), "aarch64", {"tvm-cpu"}),
+    ],
+)
+def test_what_runs_where(
+    isa: tuple[str, ...], architecture: str, runs: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = replace(describe_machine(), isa=isa, architecture=architecture)
+    monkeypatch.setattr(tvm_build, "describe_machine", lambda: machine)
+    assert {target for target in tvm_build.TVM_TARGETS if tvm_build.runs_here(target)} == runs
 
 
 def test_a_missing_cross_linker_names_its_package(encoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from xformopt.bundle.runner.sessions import TARGETS
 from xformopt.comparison import artifact_candidate, reference_of, unique_names
 from xformopt.errors import ArtifactError, UsageError
 from xformopt.files import staged_file
-from xformopt.lowering.artifact import Artifact
+from xformopt.lowering.artifact import Artifact, complete_inputs
 from xformopt.lowering.manifest import FILE_NAME, check_files, read_manifest
 from xformopt.lowering.onnx_files import check_external_data
 from xformopt.original import chosen_inputs
@@ -39,9 +39,10 @@ _CARRIED = (
     *("errors.py", "benchmark_worker.py"),
     *(f"measure/{name}.py" for name in ("__init__", "child", "contest", "fidelity", "machine", "memory", "runner")),
     *(f"measure/{name}.py" for name in ("statistics", "summary", "timing")),
-    *(f"lowering/{name}.py" for name in ("openvino", "ort_session", "session_runner", "tvm_session")),
+    *(f"lowering/{name}.py" for name in ("openvino", "ort_session", "session_runner")),
+    *(f"lowering/{name}.py" for name in ("tvm_session", "tvm_signature")),
 )
-_RUNNER = ("__init__.py", "__main__.py", "contents.py", "sessions.py")
+_RUNNER = ("__init__.py", "__main__.py", "contents.py", "remote.py", "sessions.py")
 _IMPORT = re.compile(r"^(\s*(?:from|import) )xformopt\.(?:bundle\.runner\.)?", re.MULTILINE)
 _EMPTY_PACKAGE = '"""Part of the runner."""\n'
 # the same bundle has the same bytes, whenever it is made
@@ -51,6 +52,10 @@ A bench bundle of xformopt. On the machine to be measured, in this folder:
 
     pip install numpy {runtimes}
     python -m runner --json bench.json
+
+or, with TVM installed here as well as there, where a server runs (python -m tvm.exec.rpc_server --host 0.0.0.0):
+
+    python -m runner --rpc DEVICE:9090 --device "what it is called" --json bench.json
 
 checks every file, runs each artifact on inputs.npz, compares it with expected.npz, and measures. Carry bench.json
 back and put it beside those of other machines: xformopt report first.json second.json -o report.html
@@ -175,7 +180,8 @@ def _data_of(
             sizes = [_size(artifacts, name, wanted) for name, wanted in (("batch", batch), ("length", length))]
             inputs = chosen_inputs(original, *sizes, seed=seed)
             known = reference_of(original, inputs)
-            arrays = {name: value.numpy() for name, value in inputs.items()}
+            # the example may leave out inputs that have a default; a runtime on the device must be given them
+            arrays = complete_inputs(artifact.manifest, {name: value.numpy() for name, value in inputs.items()})
             return _Data(arrays, known.outputs, known.valid, "given", known.flops, known.bytes_moved), []
     if batch is not None or length is not None:
         raise UsageError(

@@ -8,6 +8,7 @@ import typer
 
 from xformopt.cli import options as o
 from xformopt.cli.progress import showing_progress
+from xformopt.lowering.catalog import TUNING_SECONDS
 
 __all__ = ["export"]
 
@@ -19,12 +20,13 @@ def export(
     target: o.Target = "ort-cpu",
     batch: o.Batch = None,
     length: o.Length = None,
+    lengths: o.Lengths = None,
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Take the default form of every operator instead of timing them.")
     ] = False,
     no_program: o.NoProgram = False,
     threads: o.Threads = None,
-    tune_seconds: o.TuneSeconds = 40.0,
+    tune_seconds: o.TuneSeconds = TUNING_SECONDS,
     overwrite: o.Overwrite = False,
     trust_remote_code: o.TrustRemoteCode = False,
     quiet: o.Quiet = False,
@@ -44,6 +46,7 @@ def export(
             target=target,
             batch=batch,
             length=length,
+            lengths=o.the_lengths(lengths),
             measure_lowering=not no_measure,
             threads=threads,
             tuning_seconds=tune_seconds,

@@ -12,6 +12,7 @@ from xformopt.cli import display
 from xformopt.cli import options as o
 from xformopt.cli.progress import showing_progress
 from xformopt.errors import UsageError
+from xformopt.lowering.catalog import TUNING_SECONDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +53,7 @@ def optimize(
     ] = None,
     batch: o.Batch = None,
     length: o.Length = None,
+    lengths: o.Lengths = None,
     max_drift: Annotated[
         float | None,
         typer.Option("--max-drift", min=0.0, metavar="X", help="Relative L2 to the original a lossy pass may reach."),
@@ -85,7 +87,7 @@ def optimize(
     json: o.Json = None,
     seed: o.Seed = 0,
     threads: o.Threads = None,
-    tune_seconds: o.TuneSeconds = 40.0,
+    tune_seconds: o.TuneSeconds = TUNING_SECONDS,
     rounds: o.Rounds = None,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -120,6 +122,7 @@ def optimize(
             name,
             path,
             **chosen,
+            lengths=o.the_lengths(lengths),
             calibration=calibration or (),
             task=task,
             max_drift=max_drift,

@@ -14,6 +14,7 @@ __all__ = [
     "Debug",
     "Json",
     "Length",
+    "Lengths",
     "ModelArgument",
     "ModelOption",
     "NoProgram",
@@ -26,6 +27,7 @@ __all__ = [
     "Threads",
     "TrustRemoteCode",
     "TuneSeconds",
+    "the_lengths",
     "the_model",
     "the_output",
 ]
@@ -50,6 +52,12 @@ Batch: TypeAlias = Annotated[
 Length: TypeAlias = Annotated[
     int | None,
     typer.Option("--length", min=1, metavar="N", help="Length of token inputs; like --batch."),
+]
+Lengths: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--lengths", metavar="N,N,...", help="For tvm-*: compile for each of these lengths; between them is padded."
+    ),
 ]
 Threads: TypeAlias = Annotated[
     int | None,
@@ -98,6 +106,14 @@ def the_output(path: Path | None) -> Path:
     if path is None:
         raise UsageError("No output is given. Say where to write with -o PATH.")
     return path
+
+
+def the_lengths(text: str | None) -> list[int]:
+    """Return the lengths of a command line, ``32,64,128``."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if wrong := [part for part in parts if not part.isdigit() or not int(part)]:
+        raise UsageError(f"--lengths takes numbers such as 32,64,128, and {wrong[0]!r} is none.")
+    return [int(part) for part in parts]
 
 
 def warn_of_remote_code(trusted: bool) -> None:

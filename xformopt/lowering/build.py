@@ -16,7 +16,7 @@ import torch
 
 from xformopt.errors import ArtifactError, LoweringError, OutputError, UsageError
 from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
-from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES
+from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES, TUNING_SECONDS
 from xformopt.lowering.manifest import (
     FILE_NAME,
     DimSpec,
@@ -38,6 +38,7 @@ from xformopt.lowering.reference import TOLERANCE, largest_gap, reference_inputs
 from xformopt.lowering.tuning import Progress, Tuned, choose_forms
 from xformopt.lowering.tvm_build import MODEL as LIBRARY
 from xformopt.lowering.tvm_build import TVM_TARGETS, check_toolchain, runs_here, write_library
+from xformopt.lowering.tvm_padding import LENGTH, padding_of
 from xformopt.lowering.tvm_tuning import Tiling, choose_tiles
 from xformopt.measure.machine import describe_machine
 from xformopt.program import Level, Program, widened
@@ -56,12 +57,13 @@ def lower_program(
     *,
     measure: bool = True,
     sizes: Mapping[str, int] | None = None,
+    lengths: Sequence[int] = (),
     threads: int | None = None,
     captured: Program | None = None,
     history: Sequence[Any] = (),
     source: str | None = None,
     files: Sequence[str | Path] = (),
-    tuning_seconds: float = 40.0,
+    tuning_seconds: float = TUNING_SECONDS,
     progress: Progress = lambda what, done, total: None,
 ) -> Artifact:
     """Lower a Program of any level for ``target``.
@@ -73,6 +75,8 @@ def lower_program(
         measure: Whether to time the forms an operator may take (for ``tvm-cpu`` the tiles of its kernel); otherwise the
             first that fits is used.
         sizes: Sizes of dimensions to choose for; those of the example inputs where left out.
+        lengths: For ``tvm-*``: compile a function for each of these lengths.  An input in between is padded to the
+            next where the model has a padding mask and obeys it, and refused elsewhere.
         threads: Threads to choose for; torch's own number where left out.
         captured: The original Program, stored with the artifact.
         history: What each pass did, as JSON values.
@@ -93,7 +97,8 @@ def lower_program(
     told = {"precision": precision_of(program), "execution": execution_of(program)}
     # no target here computes in 16 bits: they are what weights are stored in
     half, program = half_precision_of(program), widened(program)
-    inputs = reference_inputs(program, sizes)
+    every = _every_size(program, target, sizes, lengths)
+    inputs = every[-1]
     progress("exporting", 0, 3)
     expected = {name: value.detach() for name, value in program.run(inputs).items()}
     settings = SessionSettings()
@@ -109,7 +114,7 @@ def lower_program(
                     seconds=tuning_seconds,
                     progress=progress,
                 )
-            written = _compile(program, inputs, target, workspace.path, choose)
+            written = _compile(program, every, target, workspace.path, choose, tolerance)
         else:
             exported, tuned = export_onnx(program), Tuned()
             if measure and target == "ort-cpu":
@@ -139,7 +144,8 @@ def lower_program(
     artifact = Artifact(manifest, workspace.path, captured=captured, workspace=workspace)
     if runs_here(target):
         progress("comparing with the eager program", 2, 3)
-        _check_parity(artifact, program, inputs, expected, tolerance)
+        for given in every:
+            _check_parity(artifact, program, given, tolerance)
     progress("lowered", 3, 3)
     return artifact
 
@@ -154,7 +160,7 @@ def _describe(
 ) -> Manifest:
     specs = specs_of(program)
     if written.sizes is not None:
-        specs["dims"] = tuple(DimSpec(name=name, low=size, high=size) for name, size in written.sizes.items())
+        specs["dims"] = tuple(DimSpec(name=name, low=low, high=high) for name, (low, high) in written.sizes.items())
     return Manifest(
         xformopt=importlib.metadata.version("xformopt"),
         name=program.name,
@@ -173,24 +179,44 @@ def _describe(
 
 @dataclass(frozen=True)
 class _Written:
-    """The model file, the forms its operators took, and the sizes it is fixed to; None: those of the program."""
+    """The model file, the forms its operators took, and the least and largest sizes; None: those of the program."""
 
     model: str
     forms: dict[str, dict[str, int]]
     tuned: Tuned
-    sizes: dict[str, int] | None = None
+    sizes: dict[str, tuple[int, int]] | None = None
 
 
 def _compile(
     program: Program,
-    inputs: Mapping[str, torch.Tensor],
+    every: Sequence[Mapping[str, torch.Tensor]],
     target: str,
     folder: Path,
     choose: Callable[..., Tiling] | None,
+    tolerance: float,
 ) -> _Written:
-    library = write_library(program, inputs, target, folder, choose)
+    """Compile for every size; the forms are those of one function."""
+    bound = [program.bind(inputs) for inputs in every]
+    padding, why_not = None, ""
+    if len(every) > 1:
+        padding, why_not = padding_of(program, bound[0], [sizes[LENGTH] for sizes in bound], tolerance)
+    library = write_library(program, every, target, folder, choose, padding, why_not)
     forms = {operator: {"kernel": count} for operator, count in sorted(library.kernels.items())}
-    return _Written(LIBRARY, forms, Tuned(records=library.tuning), program.bind(inputs))
+    sizes = {name: (size, bound[-1][name]) for name, size in bound[0].items()}
+    if padding is not None:
+        sizes[LENGTH] = program.dims[LENGTH].low, sizes[LENGTH][1]
+    return _Written(LIBRARY, forms, Tuned(records=library.tuning), sizes)
+
+
+def _every_size(
+    program: Program, target: str, sizes: Mapping[str, int] | None, lengths: Sequence[int]
+) -> list[dict[str, torch.Tensor]]:
+    """Return inputs of every size to compile for, the largest last."""
+    if not lengths:
+        return [reference_inputs(program, sizes)]
+    if target not in TVM_TARGETS:
+        raise UsageError(f"An artifact for {target} takes any length: leave out the lengths to compile for.")
+    return [reference_inputs(program, {**(sizes or {}), LENGTH: length}) for length in sorted(set(lengths))]
 
 
 @contextmanager
@@ -225,9 +251,9 @@ def _check_parity(
     artifact: Artifact,
     program: Program,
     inputs: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
     tolerance: float,
 ) -> None:
+    expected = program.run(inputs)
     try:
         found = artifact.session.run({name: value.numpy() for name, value in inputs.items()})
     except ArtifactError as error:

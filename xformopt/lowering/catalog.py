@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from typing import NamedTuple
 
-__all__ = ["ARTIFACT_TARGETS", "BASELINES", "Target", "targets"]
+__all__ = ["ARTIFACT_TARGETS", "BASELINES", "TUNING_SECONDS", "Target", "targets"]
 
 BASELINES = ("eager", "inductor")
 ARTIFACT_TARGETS = ("ort-cpu", "openvino-cpu", "tvm-cpu", "tvm-x86-64-v3", "tvm-aarch64")
+# how long forms and tiles are timed unless told otherwise
+TUNING_SECONDS = 40.0
 _TVM = (("tvm",), "tvm")
 _NEEDS = {
     "ort-cpu": (("onnxruntime", "onnx", "onnxscript"), "ort"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from xformopt.kernels.tvm_form import Machine
 from xformopt.lowering.manifest import TuningRecord
 from xformopt.lowering.tvm_import import import_traced
 from xformopt.lowering.tvm_schedule import schedule_module
-from xformopt.lowering.tvm_session import require_tvm
+from xformopt.lowering.tvm_session import PARAMETERS, require_tvm
+from xformopt.lowering.tvm_signature import Function, Padding, Signature, write_signature
 from xformopt.lowering.tvm_trace import trace
 from xformopt.lowering.tvm_tuning import Tiling
 from xformopt.measure.machine import describe_machine
@@ -33,37 +34,45 @@ MODEL = "model.so"
 class _Processor:
     """What is compiled for; ``cpu`` is LLVM's name.
 
-    ``triple`` is LLVM's name of another architecture, whose linker Debian's ``package`` brings.
+    ``triple`` is LLVM's name of another architecture, whose linker Debian's ``package`` brings.  ``needs`` are the
+    instructions, as the system lists them, without which a processor cannot run it.
     """
 
     cpu: str
     machine: Machine
+    needs: frozenset[str] = frozenset()
     triple: str | None = None
     linker: str | None = None
     package: str | None = None
 
 
 # AVX2: 16 registers of 8 numbers
-_X86_64_V3 = Machine(lanes=8, registers=16)
-# NEON: 32 registers of 4
-_NEON = Machine(lanes=4, registers=32)
+_X86_64_V3 = Machine(lanes=8, registers=16, dot="madd")
+# NEON: 32 registers of 4, with dot products since Armv8.2
+_NEON = Machine(lanes=4, registers=32, dot="sdot")
 TVM_TARGETS: dict[str, _Processor | None] = {
     "tvm-cpu": None,
-    "tvm-x86-64-v3": _Processor("x86-64-v3", _X86_64_V3),
+    "tvm-x86-64-v3": _Processor("x86-64-v3", _X86_64_V3, frozenset({"avx2", "fma", "f16c"})),
     # Raspberry Pi 5 is one, and Graviton 2's core is its sibling
     "tvm-aarch64": _Processor(
-        "cortex-a76", _NEON, "aarch64-linux-gnu", "aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"
+        "cortex-a76",
+        _NEON,
+        frozenset({"asimd", "asimddp"}),
+        "aarch64-linux-gnu",
+        "aarch64-linux-gnu-gcc",
+        "gcc-aarch64-linux-gnu",
     ),
 }
 
 
 def runs_here(target: str) -> bool:
-    """Return whether what ``target`` compiles to is of this machine's architecture."""
+    """Return whether this machine is of the architecture ``target`` compiles for, and has the instructions it needs."""
     processor = TVM_TARGETS.get(target)
     if processor is None:
         return True
     made_for = processor.triple.partition("-")[0] if processor.triple else "x86_64"
-    return made_for == describe_machine().architecture
+    machine = describe_machine()
+    return made_for == machine.architecture and processor.needs <= set(machine.isa)
 
 
 def check_toolchain(target: str) -> None:
@@ -101,20 +110,24 @@ class Written:
 
 def write_library(
     program: Program,
-    inputs: Mapping[str, torch.Tensor],
+    inputs: Sequence[Mapping[str, torch.Tensor]],
     target: str,
     folder: Path,
     choose: Callable[..., Tiling] | None = None,
+    padding: Padding | None = None,
+    why_unpadded: str = "",
 ) -> Written:
-    """Compile ``program`` at the sizes of ``inputs``.
+    """Compile ``program`` at the sizes of ``inputs``, a function for each.
 
     Args:
         program: What to compile.
-        inputs: Named inputs; only their shapes matter.
+        inputs: Named inputs, by rising size; only their shapes matter.
         target: One of ``TVM_TARGETS``.
         folder: Where the library, its parameters and its signature go.
         choose: Chooses tiles by measurement, from the functions that have a choice and what compiles one of them;
             None takes the defaults.  For this machine alone: no other is here to be timed.
+        padding: How sizes in between are padded to the next.
+        why_unpadded: Why they are not.
 
     Raises:
         LoweringError: an operator cannot be traced or is unknown to TVM, or TVM fails to compile the program.
@@ -127,7 +140,8 @@ def write_library(
     processor = TVM_TARGETS[target] or _this_processor()
     triple = {"mtriple": processor.triple} if processor.triple else {}
     llvm = tvm.target.Target({"kind": "llvm", "mcpu": processor.cpu, **triple})
-    traced = trace(program, inputs)
+    names = ["main"] if len(inputs) == 1 else [f"main_{index}" for index in range(len(inputs))]
+    traced = {name: trace(program, given) for name, given in zip(names, inputs, strict=True)}
     imported, tiling = import_traced(traced, processor.machine), Tiling({})
     if choose is not None and TVM_TARGETS[target] is None:
         tiling = choose(imported.trials, lambda function: _compiled(function, llvm))
@@ -141,14 +155,28 @@ def write_library(
             f"TVM {tvm.__version__} could not compile {program.name}: {' '.join(str(error).split())[-600:]} "
             f"Lower it for ort-cpu."
         ) from error
-    arrays = {f"p{index:04d}": array for index, array in enumerate(imported.parameters)}
-    np.savez(folder / f"{MODEL}.npz", **arrays)  # type: ignore[arg-type]
-    signature = {
-        "inputs": {name: list(inputs[name].shape) for name in program.input_names},
-        "outputs": list(program.output_names),
-    }
-    (folder / f"{MODEL}.json").write_text(json.dumps(signature, indent=1), encoding="utf-8")
+    places = _write_parameters(folder, imported.parameters)
+    functions = tuple(
+        Function(name, {key: list(given[key].shape) for key in program.input_names}, places[name])
+        for name, given in zip(names, inputs, strict=True)
+    )
+    write_signature(folder / MODEL, Signature(functions, tuple(program.output_names), padding, why_unpadded))
     return Written(imported.kernels, tiling.records)
+
+
+def _write_parameters(folder: Path, taken: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[int]]:
+    """Write every array once, and return which of them each function takes."""
+    known: dict[tuple[str, tuple[int, ...], str], int] = {}
+    arrays: dict[str, np.ndarray] = {}
+    places: dict[str, list[int]] = {name: [] for name in taken}
+    for name, parameters in taken.items():
+        for array in parameters:
+            key = array.dtype.str, array.shape, hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+            place = known.setdefault(key, len(known))
+            arrays[f"p{place:04d}"] = array
+            places[name].append(place)
+    np.savez(folder / f"{MODEL}{PARAMETERS}", **arrays)  # type: ignore[arg-type]
+    return places
 
 
 def _compiled(function: Any, target: Any) -> Any:
@@ -163,11 +191,11 @@ def _this_processor() -> _Processor:
 
     isa = describe_machine().isa
     if "avx512f" in isa:
-        machine = Machine(lanes=16, registers=32)
+        machine = Machine(lanes=16, registers=32, dot="vnni" if "avx512_vnni" in isa else "plain")
     elif "asimd" in isa:
-        machine = _NEON
+        machine = _NEON if "asimddp" in isa else replace(_NEON, dot="plain")
     else:
-        machine = _X86_64_V3
+        machine = _X86_64_V3 if "avx2" in isa else replace(_X86_64_V3, dot="plain")
     return _Processor(str(tvm.target.codegen.llvm_get_system_cpu()), machine)
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from xformopt.errors import LoweringError
 from xformopt.kernels.definition import find_operator
 from xformopt.kernels.tvm_form import Builder, Machine, Tile, Trial, TvmNode
-from xformopt.lowering.tvm_trace import Traced, arguments_of, kernel_of
+from xformopt.lowering.tvm_trace import Origin, Traced, arguments_of, kernel_of, origin_of
 from xformopt.program.text import target_name
 
 __all__ = ["Imported", "import_traced"]
@@ -21,40 +21,57 @@ __all__ = ["Imported", "import_traced"]
 
 @dataclass(frozen=True)
 class Imported:
-    """A module with one function, ``main``.
+    """A module with one function for each graph.
 
     Attributes:
         module: TVM's IRModule.
-        parameters: What ``main`` takes after the inputs, in order.
-        kernels: How many nodes of each xf operator became a kernel.
+        parameters: What each function takes after the inputs, in order, by its name.
+        kernels: How many nodes of each xf operator became a kernel, in each function.
         trials: The functions that have a choice of tiles.
 
     """
 
     module: Any
-    parameters: tuple[np.ndarray, ...]
+    parameters: dict[str, tuple[np.ndarray, ...]]
     kernels: dict[str, int]
     trials: Mapping[str, Trial]
 
 
-def import_traced(traced: Traced, machine: Machine, tiles: Mapping[str, Tile] | None = None) -> Imported:
-    """Build the module; kernels take ``tiles`` where there is one for them, and defaults for ``machine`` elsewhere.
+def import_traced(graphs: Mapping[str, Traced], machine: Machine, tiles: Mapping[str, Tile] | None = None) -> Imported:
+    """Build the module of graphs by the names of their functions, which are one program at several sizes.
+
+    Kernels take ``tiles`` where there is one for them, and defaults for ``machine`` elsewhere.
 
     Raises:
         LoweringError: TVM knows no form of an ATen operator.
 
     """
     from tvm import relax
+
+    blocks = relax.BlockBuilder()
+    parameters, trials = {}, {}
+    kernels: dict[str, int] = {}
+    for name, traced in graphs.items():
+        parameters[name], builder, kernels = _import_one(blocks, name, traced, machine, tiles or {})
+        trials.update(builder.trials)
+    return Imported(blocks.get(), parameters, kernels, trials)
+
+
+def _import_one(
+    blocks: Any, name: str, traced: Traced, machine: Machine, tiles: Mapping[str, Tile]
+) -> tuple[tuple[np.ndarray, ...], Builder, dict[str, int]]:
+    """Add one function to the module that ``blocks`` builds."""
+    from tvm import relax
     from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
     importer = ExportedProgramImporter()
     _check_known(traced, importer.convert_map)
-    importer.block_builder = blocks = relax.BlockBuilder()
+    importer.block_builder = blocks
     environment = importer.env = _Environment(traced)
     inputs = [environment.variable(node) for node in traced.inputs]
-    builder = Builder(machine, blocks, environment.__getitem__, traced.parameters, tiles or {})
+    builder = Builder(machine, blocks, environment.__getitem__, traced.parameters, tiles)
     kernels: dict[str, int] = {}
-    with blocks.function("main"):
+    with blocks.function(name):
         with blocks.dataflow():
             for node in traced.graph.nodes:
                 if node.op != "call_function":
@@ -75,7 +92,7 @@ def import_traced(traced: Traced, machine: Machine, tiles: Mapping[str, Tile] | 
             result = blocks.emit_output(relax.Tuple(results))
         taken = [*environment.taken, *builder.packed.values()]
         blocks.emit_func_output(result, params=[*inputs, *(variable for variable, _ in taken)])
-    return Imported(blocks.get(), tuple(array for _, array in taken), kernels, builder.trials)
+    return tuple(array for _, array in taken), builder, kernels
 
 
 def _shapes_of(node: fx.Node) -> list[tuple[int, ...]]:
@@ -87,10 +104,15 @@ def _shapes_of(node: fx.Node) -> list[tuple[int, ...]]:
 def _check_known(traced: Traced, known: Any) -> None:
     for node in traced.graph.nodes:
         if node.op == "call_function" and find_operator(node.target) is None and _name_of(node) not in known:
-            raise LoweringError(
-                f"TVM has no form of {target_name(node.target)}, which the program computes. "
-                f"Lower it for ort-cpu, or remove the operator by a pass."
-            )
+            raise LoweringError(_unknown(target_name(node.target), origin_of(node)))
+
+
+def _unknown(operator: str, origin: Origin | None) -> str:
+    """Say which operator TVM does not know, where it is, and what avoids it."""
+    where = f" at {origin.path}" if origin is not None and origin.path else ""
+    part = f", a step of {origin.operator}" if origin is not None and origin.operator not in ("", operator) else ""
+    from_pass = ", or leave out the pass that makes it" if part.startswith(", a step of xf.") else ""
+    return f"TVM has no form of {operator}{part}{where}. Lower the program for ort-cpu{from_pass}."
 
 
 def _name_of(node: fx.Node) -> str:

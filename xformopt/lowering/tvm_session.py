@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xformopt.errors import ArtifactError, DataError, MissingExtraError
+from xformopt.errors import ArtifactError, MissingExtraError
+from xformopt.lowering.tvm_signature import read_signature
 from xformopt.measure.runner import OperatorTime
 
-__all__ = ["FUNCTION", "TvmSession", "require_tvm"]
+__all__ = ["PARAMETERS", "RUN_STATEFUL", "TvmSession", "read_parameters", "require_tvm"]
 
-FUNCTION = "main"
+# runs a function of the virtual machine on inputs it was given before
+RUN_STATEFUL = "invoke_stateful"
 # what a hook of the virtual machine answers
 _GO_ON = 0
 # what kernels have in their names beside the operator
 _SIZES = re.compile(r"_\d.*$")
-# beside model.so: its parameters, and the names and sizes of what it takes and returns
-_PARAMETERS, _SIGNATURE = ".npz", ".json"
+# beside the library
+PARAMETERS = ".npz"
 
 
 def require_tvm(purpose: str) -> Any:
@@ -35,8 +36,15 @@ def require_tvm(purpose: str) -> Any:
     return tvm
 
 
+def read_parameters(model: Path) -> Iterator[np.ndarray]:
+    """Yield the parameters of a library, in order."""
+    with np.load(model.with_name(model.name + PARAMETERS), allow_pickle=False) as archive:
+        for name in archive.files:
+            yield archive[name]
+
+
 class TvmSession:
-    """One model in TVM's virtual machine, at the sizes it was compiled for.
+    """One model in TVM's virtual machine, at the sizes it was compiled for and those that are padded to them.
 
     Raises:
         ArtifactError: the library cannot be loaded on this machine.
@@ -52,9 +60,8 @@ class TvmSession:
         from tvm import relax
 
         self.path = path
-        signature = json.loads(path.with_name(path.name + _SIGNATURE).read_text(encoding="utf-8"))
-        self._shapes: dict[str, list[int]] = signature["inputs"]
-        self.input_names, self.output_names = tuple(self._shapes), tuple(signature["outputs"])
+        self._signature = read_signature(path)
+        self.input_names, self.output_names = self._signature.inputs, self._signature.outputs
         device = tvm.cpu()
         try:
             library = tvm.runtime.load_module(os.fspath(path))
@@ -65,19 +72,20 @@ class TvmSession:
                 f"It may be made for another processor: lower the model again for this one."
             ) from error
         self._tensor = tvm.runtime.tensor
-        with np.load(path.with_name(path.name + _PARAMETERS), allow_pickle=False) as archive:
-            self._parameters = [self._tensor(archive[name]) for name in archive.files]
+        self._parameters = [self._tensor(array) for array in read_parameters(path)]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once.
 
         Raises:
-            DataError: an input has another size than the library was compiled for.
+            DataError: an input has a size that the library was not compiled for, and is not padded to one.
 
         """
-        given = [self._checked(name, inputs[name]) for name in self.input_names]
-        outputs = self._machine[FUNCTION](*given, *self._parameters)
-        return {name: output.numpy() for name, output in zip(self.output_names, outputs, strict=True)}
+        call = self._signature.choose(inputs)
+        given = [self._tensor(np.ascontiguousarray(array)) for array in call.inputs]
+        parameters = [self._parameters[index] for index in call.function.parameters]
+        outputs = self._machine[call.function.name](*given, *parameters)
+        return self._signature.cut(call, [output.numpy() for output in outputs])
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], rounds: int, keep: Path | None = None
@@ -105,11 +113,3 @@ class TvmSession:
             self._machine.set_instrument(lambda *ignored: _GO_ON)
         times = [OperatorTime(name, _SIZES.sub("", name), sum(ms), len(ms)) for name, ms in totals.items()]
         return sorted(times, key=lambda item: -item.total_ms), []
-
-    def _checked(self, name: str, array: np.ndarray) -> Any:
-        if list(array.shape) != self._shapes[name]:
-            raise DataError(
-                f"{name} has the shape {list(array.shape)}, and {self.path.name} was compiled for "
-                f"{self._shapes[name]}. Lower the model for these sizes."
-            )
-        return self._tensor(np.ascontiguousarray(array))

@@ -19,8 +19,12 @@ from xformopt.kernels.definition import Operator, find_operator
 from xformopt.kernels.tvm_form import Kernel
 from xformopt.program import Program, path_of
 from xformopt.program.interpret import call
+from xformopt.program.text import target_name
 
-__all__ = ["Traced", "arguments_of", "kernel_of", "trace"]
+__all__ = ["Origin", "Traced", "arguments_of", "kernel_of", "origin_of", "trace"]
+
+# what torch copies from a node to those that it is traced to
+_CARRIED = "custom"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,20 @@ class Traced:
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
     parameters: dict[fx.Node, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The node of the Program that a traced node comes from: its operator, and the module it was in."""
+
+    operator: str
+    path: str
+
+
+def origin_of(node: fx.Node) -> Origin | None:
+    """Return where a traced node comes from; None for what tracing itself made."""
+    found: Origin | None = node.meta.get(_CARRIED, {}).get("origin")
+    return found
 
 
 @cache
@@ -72,7 +90,7 @@ def trace(program: Program, inputs: Mapping[str, torch.Tensor]) -> Traced:
         return _Expansion(program.copy().graph, parameters).run(*values[: len(given)])
 
     tensors = [*given, *program.parameters.values()]
-    with torch.no_grad():
+    with torch.no_grad(), fx.traceback.preserve_node_meta():
         # the table is typed by the base class of operators
         table: Any = core_aten_decompositions()
         traced = make_fx(run, decomposition_table=table, tracing_mode="fake")(*tensors)
@@ -93,6 +111,7 @@ class _Expansion(fx.Interpreter):
         self._parameters = parameters
 
     def run_node(self, n: fx.Node) -> Any:
+        n.meta[_CARRIED] = {"origin": Origin(target_name(n.target) if callable(n.target) else "", path_of(n))}
         try:
             return super().run_node(n)
         except Exception as error:

@@ -151,17 +151,18 @@ class _Candidate:
 
 
 def _operands(function: Any) -> tuple[Any, ...]:
-    """Return arrays for the operands of a function: all ones for a panel of weights, whose layout is the tile's."""
+    """Return arrays for the operands of a function: numbers for floats, ones for what is not, and for a panel of
+    weights, whose layout is the tile's.
+    """
     import tvm
 
     generator, made = np.random.default_rng(0), []
     array: np.ndarray
     for buffer in function.params:
         shape = [int(size) for size in buffer.shape]
-        if str(buffer.dtype) == "bool":
-            array = np.ones(shape, np.bool_)
-        elif str(buffer.name) == "w":
-            array = np.ones(shape, np.float32)
+        dtype = str(buffer.dtype)
+        if dtype != "float32" or str(buffer.name) == "w":
+            array = np.ones(shape, dtype)
         else:
             array = generator.standard_normal(shape, np.float32)
         made.append(tvm.runtime.tensor(array))

@@ -12,13 +12,25 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from xformopt.errors import MeasurementError
 
-__all__ = ["Child"]
+__all__ = ["Answering", "Child"]
 
 _LAST_WORDS = 400
+
+
+class Answering(Protocol):
+    """What a contest asks: a process, or one candidate of a process that several share."""
+
+    def ask(self, command: str, *, timeout: float, **arguments: Any) -> dict[str, Any]:
+        """Send a command and return the answer."""
+        ...
+
+    def close(self) -> None:
+        """Say that nothing more is asked."""
+        ...
 
 
 class Child:

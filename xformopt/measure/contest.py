@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from xformopt.errors import MeasurementError, UsageError
-from xformopt.measure.child import Child
+from xformopt.measure.child import Answering, Child
 from xformopt.measure.machine import Peaks
 from xformopt.measure.runner import Array, OperatorTime
 
@@ -101,7 +101,7 @@ class Entry:
     """A candidate and what is known of it so far."""
 
     candidate: Candidate
-    child: Child | None = None
+    child: Answering | None = None
     opened: dict[str, Any] = field(default_factory=dict)
     run_ms: float = 0.0
     rounds: list[list[float]] = field(default_factory=list)
@@ -109,6 +109,8 @@ class Entry:
     profiled: list[OperatorTime] | None = None
     notes: list[str] = field(default_factory=list)
     error: str | None = None
+    # why the rounds ended before the last one, where what was measured until then is kept
+    stopped: str | None = None
 
 
 class Contest:
@@ -144,8 +146,8 @@ class Contest:
 
     @property
     def alive(self) -> list[Entry]:
-        """The candidates without an error so far."""
-        return [entry for entry in self.entries if entry.error is None]
+        """The candidates that go on."""
+        return [entry for entry in self.entries if entry.error is None and entry.stopped is None]
 
     @contextmanager
     def _children_closed(self) -> Iterator[None]:
@@ -258,7 +260,7 @@ class Contest:
         affordable = math.ceil(1e3 * self.settings.budget_seconds * len(costs) / sum(costs))
         return min(max(affordable, _FEWEST_ROUNDS), _MOST_ROUNDS)
 
-    def _spawn(self) -> Child:
+    def _spawn(self) -> Answering:
         environment = {name: str(self.threads) for name in _THREAD_VARIABLES}
         return Child(self.settings.worker, environment)
 

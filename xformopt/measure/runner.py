@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "OpenRunner", "OperatorTime", "Runner"]
+__all__ = ["Array", "DistantRunner", "OpenRunner", "OperatorTime", "Runner"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -41,6 +41,15 @@ class Runner(Protocol):
 
     def profile(self, inputs: Mapping[str, np.ndarray], rounds: int) -> list[OperatorTime] | None:
         """Return the kernel time of every node over `rounds` runs, or None where the target cannot tell."""
+        ...
+
+
+@runtime_checkable
+class DistantRunner(Runner, Protocol):
+    """A runner on another machine, which times itself: clock and memory of this one say nothing of it."""
+
+    def time_round(self, inputs: Mapping[str, np.ndarray], min_seconds: float) -> list[float]:
+        """Return the samples of one round in milliseconds."""
         ...
 
 

@@ -60,6 +60,9 @@ def _run(entry: Entry, contest: Contest, shape: tuple[int | None, int | None], p
         "fidelity": opened["fidelity"],
         "speedup": _speedup(entry, contest),
     }
+    if entry.stopped is not None:
+        run["partial"] = True
+        run["notes"] = [*entry.notes, f"stopped after {len(entry.rounds)} of {contest.rounds} rounds: {entry.stopped}"]
     if entry.profiled:
         run["operators"] = _operator_shares(entry.profiled, contest.settings.profile_rounds)
         run["nodes"] = _slowest_nodes(entry.profiled, contest.settings.profile_rounds)

@@ -92,7 +92,10 @@ class Roofline(_Record):
 
 
 class Run(_Record):
-    """One candidate as measured; one that failed has `error` and no times."""
+    """One candidate as measured; one that failed has `error` and no times.
+
+    One whose machine went away keeps the rounds it has and is `partial`; a note says why.
+    """
 
     name: str
     target: str
@@ -116,6 +119,7 @@ class Run(_Record):
     roofline: Roofline | None = None
     fallbacks: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+    partial: bool = False
     error: str | None = None
 
     @property

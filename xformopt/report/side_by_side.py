@@ -65,7 +65,7 @@ def _cell(run: Run | None) -> Text:
         return Text(wording.UNKNOWN)
     if run.latency_ms is None:
         return Text("failed", style="red")
-    interval = wording.interval(run.latency_ms.ci95)
+    interval = f"{'partial ' if run.partial else ''}{wording.interval(run.latency_ms.ci95)}".strip()
     return Text.assemble(wording.milliseconds(run.latency_ms.p50), "\n", (interval, "dim"))
 
 

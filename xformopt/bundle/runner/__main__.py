@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xformopt.bundle.runner.contents import Contents, read_contents
+from xformopt.bundle.runner.remote import RemoteContest, describe_remote
 from xformopt.errors import UsageError, XformoptError
 from xformopt.measure.contest import BenchSettings, Candidate, Contest
 from xformopt.measure.machine import describe_machine
@@ -24,7 +25,7 @@ _PACKAGE = read_contents.__module__.rpartition(".")[0]
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = _ROOT) -> int:
-    """Measure the bundle at ``root`` and return the exit status: 0 done, 1 a run failed, 2 wrong usage."""
+    """Measure the bundle at ``root`` and return the exit status: 0 done, 1 a run failed or stopped, 2 usage."""
     options = _parser().parse_args(arguments)
     try:
         report = measure(read_contents(root), options)
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = _ROOT) -> int:
     for run in report["runs"]:
         print(_line(run))
     print(f"wrote {options.json}")
-    return 1 if any(run["error"] for run in report["runs"]) else 0
+    return 1 if any(run["error"] or run.get("partial") for run in report["runs"]) else 0
 
 
 def measure(contents: Contents, options: argparse.Namespace) -> dict[str, Any]:
@@ -47,22 +48,31 @@ def measure(contents: Contents, options: argparse.Namespace) -> dict[str, Any]:
 
     """
     candidates = _chosen(contents.candidates, options.only)
+    opener = "sessions" if options.rpc is None else "remote"
     settings = BenchSettings(
         threads=options.threads,
         rounds=options.rounds,
         seed=options.seed,
         timeout_seconds=options.timeout,
-        open_runner=f"{_PACKAGE}.sessions:open_runner",
+        open_runner=f"{_PACKAGE}.{opener}:open_runner",
         worker=f"{_PACKAGE.removesuffix('.bundle.runner')}.benchmark_worker",
     )
-    machine = describe_machine()
-    contest = Contest(candidates, settings, _say)
+    machine: dict[str, Any]
+    if options.rpc is None:
+        machine, contest = {**describe_machine().to_dict(), "peaks": None}, Contest(candidates, settings, _say)
+    else:
+        machine = describe_remote(options.rpc, options.device)
+        contest = RemoteContest(candidates, settings, _say, options.rpc)
     contest.hold(contents.inputs, contents.expected, contents.valid)
     return {
         "schema": "xformopt/bench/1",
-        "machine": {**machine.to_dict(), "peaks": None},
+        "machine": machine,
         "source": contents.source,
-        "protocol": {**contest.protocol(reference_given=True), "reference": contents.reference},
+        "protocol": {
+            **contest.protocol(reference_given=True),
+            "reference": contents.reference,
+            **({} if options.rpc is None else {"rpc": True, "process_per_run": False}),
+        },
         "runs": summarize(contest, contents.inputs, peaks=None),
         "passes": [],
     }
@@ -75,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds; chosen to last seconds otherwise")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="how long any one step may take")
+    parser.add_argument("--rpc", metavar="HOST:PORT", help="run on the machine where a server of TVM's RPC answers")
+    parser.add_argument("--device", metavar="NAME", help="what that machine is called in the results")
     parser.add_argument("--only", action="append", metavar="NAME", help="measure this artifact; may be repeated")
     return parser
 
@@ -96,9 +108,10 @@ def _line(run: dict[str, Any]) -> str:
         return f"{run['name']} ({run['target']}) failed: {run['error']}"
     latency, fidelity = run["latency_ms"], run["fidelity"]
     low, high = latency["ci95"] or (latency["p50"], latency["p50"])
+    stopped = f"; {run['notes'][-1]}" if run.get("partial") else ""
     return (
         f"{run['name']} ({run['target']}, {run['precision']}): p50 {latency['p50']:.3f} ms "
-        f"[{low:.3f}, {high:.3f}], relative L2 {fidelity['relative_l2']:.1e}"
+        f"[{low:.3f}, {high:.3f}], relative L2 {fidelity['relative_l2']:.1e}{stopped}"
     )
 
 
