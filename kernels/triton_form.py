@@ -34,7 +34,8 @@ class Launch:
     Attributes:
         kernel: What ``triton.jit`` returned.
         grid: How many programs, along up to three axes; may be symbolic.
-        arguments: Tensors, numbers, and None for operands that there are not.
+        arguments: Tensors, numbers, and None for operands that there are not.  Triton passes numbers in 32 bits where
+            they fit, AOTInductor in 64: a kernel casts a fraction to float32 before it multiplies by it.
         constants: What the kernel is compiled for.
         warps: Warps of a program.
         stages: How many blocks of a loop are loaded ahead.
