@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from xformopt.kernels.attention.triton import forward, refusal
-from xformopt.kernels.attention.triton import trial as of_attention
-from xformopt.kernels.triton_form import Kernel, Plan, Trial, Verdict
+from xformopt.kernels.attention.triton import forward, refusal, trial
+from xformopt.kernels.triton_form import Kernel, Plan, Verdict
 
 __all__ = ["KERNEL"]
 
@@ -17,20 +16,6 @@ def _accepts(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, heads: int, kv_heads: int, **__: Any
 ) -> Verdict:
     return refusal(q, k, v, heads, kv_heads)
-
-
-def _trial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, heads: int, kv_heads: int, **__: Any) -> Trial:
-    """Return the blocks of attention, timed on whole sequences that are packed."""
-    choice = of_attention(q, k, v, heads=heads, kv_heads=kv_heads)
-
-    def operands(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        whole, options = choice.operands(device)
-        packed = (x.flatten(0, 1).unsqueeze(0) for x in whole)
-        B, T = whole[0].shape[:2]
-        ends = torch.arange(B + 1, device=device) * T
-        return (*packed, ends), options
-
-    return Trial(choice.key, choice.tiles, operands)
 
 
 def _plan(
@@ -51,4 +36,4 @@ def _plan(
     return forward(q, k, v, lengths, heads=heads, kv_heads=kv_heads, scale=scale, left=-1, right=right)
 
 
-KERNEL = Kernel(_plan, _accepts, _trial)
+KERNEL = Kernel(_plan, _accepts, trial)
