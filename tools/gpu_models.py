@@ -1,4 +1,7 @@
-"""Whole models on a GPU in bfloat16: ours as AOTInductor packages, beside torch.compile and torch's nested tensors."""
+"""Whole models on a GPU in bfloat16: ours as AOTInductor packages, beside torch.compile and torch's nested tensors.
+
+Ours are rewritten in float32, in which rewrites are verified, and compiled in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ from xformopt.lowering.triton_session import TritonSession
 from xformopt.models.bert import Bert
 from xformopt.models.examples import example_images, example_tokens
 from xformopt.models.zoo import find_architecture
-from xformopt.passes import parse_pass
-from xformopt.pipeline import Pipeline
+from xformopt.passes.fuse.packing import Packing
+from xformopt.passes.tokens.merge_tokens import MergeTokens
+from xformopt.pipeline import Pass, Pipeline
 from xformopt.pipeline.recipes import load_recipe
 from xformopt.program import Program
 
@@ -62,17 +66,17 @@ class VariableBert(nn.Module):
 
 @dataclass(frozen=True)
 class _Ours:
-    """One way through our passes, by name."""
+    """One way through our passes."""
 
     name: str
-    steps: tuple[str, ...] = ()
+    steps: tuple[Pass, ...] = ()
 
 
 def model_jobs(choose: Choose) -> Iterator[Job]:
     """Yield the models."""
     yield Job("bert-base, packed", lambda: _bert(choose))
-    images = {"pixel_values": example_images(3, 224, batch=64).bfloat16()}
-    merged = _Ours("ours, 40% fewer FLOPs by merging tokens", ("merge-tokens{fewer_flops=0.4}",))
+    images = {"pixel_values": example_images(3, 224, batch=64)}
+    merged = _Ours("ours, 40% fewer FLOPs by merging tokens", (MergeTokens(fewer_flops=0.4),))
     for name, inputs, ways in (
         ("vit-base", images, (_Ours("ours"),)),
         ("vit-base, merged tokens", images, (_Ours("ours"), merged)),
@@ -90,23 +94,22 @@ def unequal_batch(vocabulary: int, batch: int = BATCH, length: int = LENGTH) -> 
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def prepared(model: nn.Module, inputs: Mapping[str, Tensor], steps: tuple[str, ...] = ()) -> Program:
+def prepared(model: nn.Module, inputs: Mapping[str, Tensor], steps: tuple[Pass, ...] = ()) -> Program:
     """Capture a model and run the exact recipe, and then ``steps``."""
     program = xo.capture(model, dict(inputs))
-    passes = (*load_recipe("exact"), *(parse_pass(step) for step in steps))
-    return Pipeline(passes).run(program).program
+    return Pipeline((*load_recipe("exact"), *steps)).run(program).program
 
 
 def _bert(choose: Choose) -> dict[str, Any]:
-    model = find_architecture("bert-base").build().eval().bfloat16()
+    model = find_architecture("bert-base").build()
     inputs = unequal_batch(30522)
     mask = inputs["attention_mask"].bool()
     lengths = mask.sum(1)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     flat = [inputs["input_ids"][mask], torch.arange(LENGTH).expand_as(mask)[mask], offsets]
-    programs = {"ours, packed": prepared(model, inputs, ("packing",)), "ours, padded": prepared(model, inputs)}
+    programs = {"ours, packed": prepared(model, inputs, (Packing(),)), "ours, padded": prepared(model, inputs)}
     given = {name: value.cuda() for name, value in inputs.items()}
-    variable, flat = VariableBert(model.cuda()), [value.cuda() for value in flat]
+    variable, flat = VariableBert(model.bfloat16().cuda()), [value.cuda() for value in flat]
     compiled = torch.compile(variable, dynamic=False)
     rivals: dict[str, System] = {
         "nested tensors": lambda: variable(*flat),
@@ -117,10 +120,10 @@ def _bert(choose: Choose) -> dict[str, Any]:
 
 
 def _plain(name: str, inputs: Mapping[str, Tensor], ways: tuple[_Ours, ...], choose: Choose) -> dict[str, Any]:
-    model = find_architecture(name).build().eval().bfloat16()
+    model = find_architecture(name).build()
     programs = {way.name: prepared(model, inputs, way.steps) for way in ways}
     given = {key: value.cuda() for key, value in inputs.items()}
-    found = _compare(model.cuda(), given, programs, {}, choose)
+    found = _compare(model.bfloat16().cuda(), given, programs, {}, choose)
     return {"shape": {key: list(value.shape) for key, value in inputs.items()}, **found}
 
 
@@ -133,6 +136,7 @@ def _compare(
     choose: Choose,
 ) -> dict[str, Any]:
     """Time every system by device events, and from a graph where it can be recorded."""
+    halves = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     expected = _exact(model, inputs)
     compiled = torch.compile(model, dynamic=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,20 +145,18 @@ def _compare(
             place = Path(folder) / str(number)
             place.mkdir()
             at = {key: value.cpu() for key, value in inputs.items()}
-            write_package(program, at, place, lambda trials: (choose(trials), ()))
+            write_package(program, at, place, lambda trials: (choose(trials), ()), dtype=torch.bfloat16)
             session = TritonSession(place / MODEL)
             tensors = [inputs[key] for key in session.input_names]
             systems[name] = lambda s=session, t=tensors: s.call(t)[0]  # type: ignore[misc]
-        systems["torch.compile"] = lambda: next(iter(compiled(**inputs).values()))
-        systems["eager"] = lambda: next(iter(model(**inputs).values()))
+        systems["torch.compile"] = lambda: next(iter(compiled(**halves).values()))
+        systems["eager"] = lambda: next(iter(model(**halves).values()))
         return {"systems": {name: _timed(call, expected) for name, call in {**systems, **rivals}.items()}}
 
 
 def _exact(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return what the model computes in float32, whose weights are those in bfloat16."""
-    model = model.float()
-    wide = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-    result: Tensor = next(iter(model(**wide).values()))
+    result: Tensor = next(iter(model.float()(**inputs).values()))
     model.bfloat16()
     return result
 

@@ -95,10 +95,25 @@ def test_packed_attention_takes_its_kernel(encoder: Program) -> None:
     assert max(run(packed, {"batch": 3, "length": 11}).values()) < 1e-5
 
 
+def test_it_may_compute_in_halves_and_answers_in_float32(encoder: Program) -> None:
+    exported = export_kernels(encoder, device="cpu", dtype=torch.bfloat16).exported
+    inputs = reference_inputs(encoder, {"batch": 2, "length": 9}, seed=3)
+    with torch.no_grad():
+        found = exported.module()(*(inputs[name] for name in encoder.input_names))
+    expected = encoder.run(inputs)
+    kinds = {str(value.dtype) for value in exported.state_dict.values()}
+    assert kinds == {"torch.bfloat16"}
+    for name, ours in zip(encoder.output_names, found, strict=True):
+        assert ours.dtype == torch.float32
+        assert 1e-4 < relative(ours, expected[name]) < 3e-2
+
+
 def test_constants_go_to_the_device() -> None:
     text = 'program "c" lifted\ninput %x: f32[4]\n%r: f32[4] = aten.arange() {end=4, dtype=f32, device=cpu}\n'
     program = Program.parse(text + "%y: f32[4] = aten.add.Tensor(%x, %r)\nreturn y=%y")
     assert "meta" in str(export_kernels(program, device="meta").exported.graph)
+    with pytest.raises(LoweringError, match="counts in float32"):
+        export_kernels(program, device="cpu", dtype=torch.float16)
 
 
 def test_what_no_kernel_takes_runs_in_torch_and_is_listed() -> None:
