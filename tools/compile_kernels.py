@@ -3,7 +3,7 @@
     python tools/compile_kernels.py                writes tools/results/kernels.json
     python tools/compile_kernels.py --check        compares with it; exit status 1 where a tile got worse
     python tools/compile_kernels.py --only NAME    kernels whose name contains NAME, of one or both
-    python tools/compile_kernels.py --wide         compiles with numbers of 64 bits, as AOTInductor passes them
+    python tools/compile_kernels.py --wide         compiles each once with numbers of 64 bits, as AOTInductor has them
 
 Registers and stack bytes of a thread are those that ``cuobjdump`` reads (Triton brings it), shared memory of a block is
 Triton's.  Worse is more shared memory, more than 16 further registers, or more than 64 further bytes of stack.
@@ -112,9 +112,12 @@ def measure_all(only: str = "") -> dict[str, dict[str, int]]:
 
 
 def check_wide(only: str = "") -> None:
-    """Compile every kernel once with numbers of 64 bits; Triton raises where a type changes on the way."""
+    """Compile every kernel, and its first case, with numbers of 64 bits; Triton raises where a type then changes."""
+    seen: set[str] = set()
     for name, launch in launches(only):
-        print(name, measure(launch, ARCHITECTURES[-1], bits=64), flush=True)
+        if (kernel := launch.kernel.fn.__name__) not in seen:
+            seen.add(kernel)
+            print(name, measure(launch, ARCHITECTURES[-1], bits=64), flush=True)
 
 
 def main() -> None:
