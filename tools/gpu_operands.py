@@ -39,13 +39,14 @@ class Cost:
 
 
 def operands_of_case(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Any], dict[str, Any]]:
-    """Return operands of a case: its floats in ``dtype``, but for those that it wants in float32.
+    """Return operands of a case: its floats in ``dtype``, but for those that a case in halves wants in float32.
 
     The same numbers whenever it is called.
     """
     generator = torch.Generator().manual_seed(SEED)
-    drawn = [_drawn(value, dtype, generator) for value in case.operands]
-    options = {name: _drawn(value, dtype, generator) for name, value in case.options.items()}
+    may_stay = case.operands[0][1] != torch.float32
+    drawn = [_drawn(value, dtype, may_stay, generator) for value in case.operands]
+    options = {name: _drawn(value, dtype, may_stay, generator) for name, value in case.options.items()}
     adjust = _ADJUST.get(case.operator)
     if adjust is not None:
         drawn = adjust(drawn)
@@ -83,7 +84,7 @@ def in_double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _drawn(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
+def _drawn(value: Any, dtype: torch.dtype, may_stay: bool, generator: torch.Generator) -> Any:
     if not isinstance(value, tuple):
         return value
     shape, wanted = value
@@ -92,7 +93,7 @@ def _drawn(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if not wanted.is_floating_point:
         low, high = (-127, 128) if wanted == torch.int8 else (0, 256)
         return torch.randint(low, high, shape, generator=generator).to(wanted)
-    return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(wanted if may_stay and wanted == torch.float32 else dtype)
 
 
 def _to(value: Any, device: str) -> Any:
@@ -147,6 +148,7 @@ _ADJUST: dict[str, Callable[[list[Any]], list[Any]]] = {
     "merge_tokens": _merged,
     "rope": _rotated,
     "ssd": _steps,
+    "selective_scan": _steps,
     "weight_only_linear": _few_bits,
     "quantized_linear": _integers,
     "retention": _decays(3),

@@ -67,6 +67,14 @@ def test_packed_sequences_and_merged_tokens_make_sense() -> None:
     assert int(destinations.max()) < kept.shape[1]
 
 
+def test_what_a_case_wants_in_float32_stays_so() -> None:
+    by_name = {case.operator: case for case in CASES if "bf16" in case.name}
+    assert operands_of_case(by_name["retention"], HALF, "cpu")[0][3].dtype == SINGLE
+    assert operands_of_case(by_name["selective_scan"], HALF, "cpu")[0][2].dtype == SINGLE
+    norm = next(case for case in CASES if case.operator == "add_rms_norm")
+    assert {x.dtype for x in operands_of_case(norm, HALF, "cpu")[0]} == {HALF}
+
+
 def test_costs_count_what_is_moved_and_seen() -> None:
     case = small("layer_norm")
     args, options = operands_of_case(case, HALF, "cpu")
