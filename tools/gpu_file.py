@@ -18,10 +18,11 @@ NO_GPU = "There is no NVIDIA GPU on this machine: nothing was measured, and noth
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement: its name, and what does it and returns JSON values."""
+    """One measurement: its name, what does it and returns JSON values, and the minutes it may take."""
 
     name: str
     measure: Callable[[], Mapping[str, Any]]
+    minutes: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ def run_jobs(
     again: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> bool:
-    """Do what is not done yet, until ``deadline``; returns whether all of it is done.
+    """Do what is not done yet and ends before ``deadline``; returns whether all of it is done.
 
     A job that fails leaves ``{"error": ...}`` and is tried anew by the next call; ``again`` repeats all of them.
     """
     for job in jobs:
         if not again and file.has(section, job.name):
             continue
-        if clock() > deadline:
+        if clock() + job.minutes * 60 > deadline:
             return False
         started = clock()
         try:
