@@ -76,6 +76,7 @@ class Form:
         build: Emits the nodes and returns the value, or the values of an operator with several outputs.
         accepts: Why the form cannot express a node, or None where it can.
         is_standard: Whether it uses ONNX's own operators only, which every runtime knows.
+        is_for_processors: Whether ONNX Runtime has its operators, or those of them in float32, on processors alone.
 
     """
 
@@ -83,6 +84,7 @@ class Form:
     build: Callable[[Builder, XfNode], ir.Value | Sequence[ir.Value]]
     accepts: Callable[[XfNode], Verdict] = always
     is_standard: bool = False
+    is_for_processors: bool = False
 
 
 @dataclass

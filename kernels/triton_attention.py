@@ -102,7 +102,7 @@ def walk(
             key_tile = tl.load(key_places)
         else:
             key_tile = tl.load(key_places, mask=is_key[None, :] & (widths < D)[:, None], other=0.0)
-        logits = tl.dot(tile, key_tile, input_precision=_PRECISION) * (scale * FACTOR)
+        logits = tl.dot(tile, key_tile, input_precision=_PRECISION) * (tl.cast(scale, tl.float32) * FACTOR)
         if bias is not None:
             given = tl.load(bias[:, None] + columns[None, :] * bias_column, mask=is_key[None, :], other=0.0)
             logits += given.to(tl.float32)

@@ -11,16 +11,32 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from xformopt.kernels.definition import Operator, load_operators
 
-__all__ = ["FLOATS", "Kernel", "Launch", "Plan", "Verdict", "load_kernels", "power_of_two", "rows_of", "tiles"]
+__all__ = [
+    "FLOATS",
+    "Kernel",
+    "Launch",
+    "Plan",
+    "Tile",
+    "Trial",
+    "Verdict",
+    "load_kernels",
+    "power_of_two",
+    "rows_of",
+    "tile_of",
+    "tiles",
+    "use_tiles",
+]
 
 # why a kernel does not take the operands, or None where it does
 Verdict: TypeAlias = str | None
@@ -34,7 +50,8 @@ class Launch:
     Attributes:
         kernel: What ``triton.jit`` returned.
         grid: How many programs, along up to three axes; may be symbolic.
-        arguments: Tensors, numbers, and None for operands that there are not.
+        arguments: Tensors, numbers, and None for operands that there are not.  Triton passes numbers in 32 bits where
+            they fit, AOTInductor in 64: a kernel casts a fraction to float32 before it multiplies by it.
         constants: What the kernel is compiled for.
         warps: Warps of a program.
         stages: How many blocks of a loop are loaded ahead.
@@ -76,6 +93,53 @@ class Plan:
         return self.result
 
 
+class Tile(NamedTuple):
+    """A block of ``M`` by ``N``, its warps, how many blocks are on their way at once, and the depth ``K`` of a product.
+
+    Of attention, ``M`` queries and ``N`` keys; of a linear layer, ``M`` rows and ``N`` output channels.
+    """
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+    K: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice of tiles that a machine answers by measurement.
+
+    Attributes:
+        key: The operator, the dtype and the widths of a head or a layer: never a length, which differs between calls.
+        tiles: What there is to choose from, the default first.
+        operands: Makes operands to time it on, on a device: arguments by place and by name.
+
+    """
+
+    key: str
+    tiles: tuple[Tile, ...]
+    operands: Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+_CHOSEN: ContextVar[Mapping[str, Tile]] = ContextVar("chosen tiles", default={})  # noqa: B039 (never changed)
+
+
+@contextmanager
+def use_tiles(chosen: Mapping[str, Tile]) -> Iterator[None]:
+    """Let plans made inside take these tiles, by the keys of trials, instead of their defaults."""
+    token = _CHOSEN.set(chosen)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def tile_of(key: str, default: Tile) -> Tile:
+    """Return the tile chosen for ``key``, or the default."""
+    return _CHOSEN.get().get(key, default)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """How one operator is computed on a GPU.
@@ -83,11 +147,13 @@ class Kernel:
     Attributes:
         plan: Takes the arguments of the operator, on any device; allocates the result, launches nothing.
         accepts: Takes the same (fake tensors, maybe of symbolic sizes); says why there is no kernel for them.
+        trial: Takes the same; the choice of tiles they lead to.  None: the kernel has no choice.
 
     """
 
     plan: Callable[..., Plan]
     accepts: Callable[..., Verdict]
+    trial: Callable[..., Trial] | None = None
 
 
 @cache

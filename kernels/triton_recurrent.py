@@ -210,11 +210,11 @@ def decayed_outputs(
     of_state = is_width[:, None] & is_depth[None, :]
     state = tl.load(states + first * (D * E) + widths[:, None] * E + depths[None, :], mask=of_state, other=0.0)
     found = tl.dot(queries, state.to(queries.dtype), input_precision=_PRECISION)
-    found = tl.dot(weights.to(values.dtype), values, found, input_precision=_PRECISION) * scale
+    found = tl.dot(weights.to(values.dtype), values, found, input_precision=_PRECISION) * tl.cast(scale, tl.float32)
     if sums is not None:
         total = tl.load(sums + first * D + widths, mask=is_width, other=0.0)
         weight = tl.sum(weights, 1) + tl.sum(queries.to(tl.float32) * total[None, :], 1)
-        found /= (weight + eps)[:, None]
+        found /= (weight + tl.cast(eps, tl.float32))[:, None]
     if added is not None:
         place = added + batch * added_batch + head * E + at[:, None] * added_row + depths[None, :]
         more = tl.load(place, mask=of_values, other=0.0).to(tl.float32)
@@ -330,6 +330,6 @@ def gated_outputs(
     state = tl.load(states + first * (D * E) + widths[:, None] * E + depths[None, :], mask=of_state, other=0.0)
     decayed *= tl.exp(passed)[None, :]
     dtype = v.dtype.element_ty
-    found = tl.dot(decayed.to(dtype), state.to(dtype), found, input_precision=_PRECISION) * scale
+    found = tl.dot(decayed.to(dtype), state.to(dtype), found, input_precision=_PRECISION) * tl.cast(scale, tl.float32)
     place = out + (batch * T + at[:, None]) * (HEADS * E) + head * E + depths[None, :]
     tl.store(place, found.to(out.dtype.element_ty), mask=is_token[:, None] & is_depth[None, :])

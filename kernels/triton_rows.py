@@ -81,7 +81,7 @@ def norm_rows(
     if CENTER:
         mean = tl.sum(values, 1) / WIDTH
         values = tl.where(is_column, values - mean[:, None], 0.0)
-    normalized = values * tl.rsqrt(tl.sum(values * values, 1) / WIDTH + eps)[:, None]
+    normalized = values * tl.rsqrt(tl.sum(values * values, 1) / WIDTH + tl.cast(eps, tl.float32))[:, None]
     if weight is not None:
         normalized *= tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
     if bias is not None:

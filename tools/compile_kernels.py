@@ -3,6 +3,7 @@
     python tools/compile_kernels.py                writes tools/results/kernels.json
     python tools/compile_kernels.py --check        compares with it; exit status 1 where a tile got worse
     python tools/compile_kernels.py --only NAME    kernels whose name contains NAME, of one or both
+    python tools/compile_kernels.py --wide         compiles each once with numbers of 64 bits, as AOTInductor has them
 
 Registers and stack bytes of a thread are those that ``cuobjdump`` reads (Triton brings it), shared memory of a block is
 Triton's.  Worse is more shared memory, more than 16 further registers, or more than 64 further bytes of stack.
@@ -48,8 +49,8 @@ POINTERS = {
 }
 
 
-def source_of(launch: Launch) -> ASTSource:
-    """Return what Triton would compile at this launch: numbers are specialized as it does itself."""
+def source_of(launch: Launch, bits: int = 32) -> ASTSource:
+    """Return what Triton would compile at this launch: numbers of so many ``bits``, specialized as it does itself."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned = {}
@@ -62,16 +63,16 @@ def source_of(launch: Launch) -> ASTSource:
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
         else:
-            signature[name] = "i32" if isinstance(value, int) else "fp32"
+            signature[name] = f"i{bits}" if isinstance(value, int) else f"fp{bits}"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             aligned[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, aligned)
 
 
-def measure(launch: Launch, architecture: int) -> dict[str, int]:
+def measure(launch: Launch, architecture: int, bits: int = 32) -> dict[str, int]:
     """Compile for one architecture and return what a thread and a block take."""
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=options)
+    compiled = triton.compile(source_of(launch, bits), target=GPUTarget("cuda", architecture, 32), options=options)
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -110,11 +111,24 @@ def measure_all(only: str = "") -> dict[str, dict[str, int]]:
     return found
 
 
+def check_wide(only: str = "") -> None:
+    """Compile every kernel, and its first case, with numbers of 64 bits; Triton raises where a type then changes."""
+    seen: set[str] = set()
+    for name, launch in launches(only):
+        if (kernel := launch.kernel.fn.__name__) not in seen:
+            seen.add(kernel)
+            print(name, measure(launch, ARCHITECTURES[-1], bits=64), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="")
+    parser.add_argument("--wide", action="store_true")
     options = parser.parse_args()
+    if options.wide:
+        check_wide(options.only)
+        return
     found = measure_all(options.only)
     recorded = json.loads(RESULT.read_text())["kernels"] if RESULT.exists() else {}
     considered = {name: value for name, value in recorded.items() if options.only in name}

@@ -135,11 +135,14 @@ _SSD = (
     ((4, 512, 128), HALF),
     ((24,), HALF),
 )
+_CHANNELS, _STATES = ((4, 512, 1536), HALF), ((4, 512, 16), HALF)
+_SCAN = (_CHANNELS, _CHANNELS, ((1536, 16), SINGLE), _STATES, _STATES, ((1536,), HALF))
 _SINGLE = ((4, 512, 768), SINGLE)
 _RECURRENT = (
     Case("retention", "bf16, 64 wide", (_X, _X, _X, ((12,), SINGLE)), {"heads": 12}),
     Case("retention", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, ((12,), SINGLE)), {"heads": 12}),
     Case("ssd", "bf16, states of 128 by 64", _SSD, {"heads": 24}),
+    Case("selective_scan", "bf16, 16 states", _SCAN),
     Case("linear_attention", "bf16, 64 wide", (_X, _X, _X), {"heads": 12, "causal": True}),
     Case("gated_linear_attention", "bf16, 64 wide", (_X, _X, _X, _X), {"heads": 12}),
     Case("gated_linear_attention", "bf16, 128 wide", (_X, _X, _X, _X), {"heads": 6}),

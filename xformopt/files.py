@@ -20,10 +20,11 @@ _NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 def cache_folder() -> Path:
     """Return where answers are kept between runs: the user's cache folder, or the folder ``XFORMOPT_CACHE`` names."""
+    if named := os.environ.get("XFORMOPT_CACHE"):
+        return Path(named)
     import platformdirs
 
-    named = os.environ.get("XFORMOPT_CACHE")
-    return Path(named) if named else platformdirs.user_cache_path("xformopt")
+    return platformdirs.user_cache_path("xformopt")
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> None:

@@ -156,7 +156,7 @@ def _joined(b: Builder, node: XfNode, attended: ir.Value) -> ir.Value:
 FORMS = (
     Form("attention", attention, is_standard=True),
     Form("multi_head_attention", multi_head_attention),
-    Form("group_query_attention", group_query_attention, _is_decoder),
+    Form("group_query_attention", group_query_attention, _is_decoder, is_for_processors=True),
     Form("matmul_softmax", matmul_softmax, is_standard=True),
 )
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Verdict, power_of_two, tiles
+from xformopt.kernels.triton_form import (
+    FLOATS,
+    Kernel,
+    Launch,
+    Plan,
+    Tile,
+    Trial,
+    Verdict,
+    power_of_two,
+    tile_of,
+    tiles,
+)
 
-__all__ = ["KERNEL", "MOST_WIDTH", "Tile", "decode", "forward", "refusal", "strides_of", "tile_for"]
+__all__ = ["KERNEL", "MOST_WIDTH", "decode", "forward", "refusal", "strides_of", "trial"]
 
 # of a head, so that a block of queries and two of keys and values fit the shared memory of sm_80
 MOST_WIDTH = 256
@@ -18,22 +29,37 @@ _FEW = 16
 _KEYS = 512
 
 
-class Tile(NamedTuple):
-    """A block of ``M`` queries and ``N`` keys, its warps, and how many blocks of keys are on their way at once."""
-
-    M: int
-    N: int
-    warps: int
-    stages: int
+# what tiles are timed on: sequences, tokens of each, heads
+_TIMED = (2, 2048, 16)
 
 
-def tile_for(width: int, dtype: torch.dtype) -> Tile:
-    """Return the default block for a head of ``width``; never by length, which differs from call to call."""
+def _tiles_for(width: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Return the blocks for a head of ``width``, the default first; never by length, which differs between calls."""
     if dtype == torch.float32:
-        return Tile(64, 32, 4, 2) if width <= 64 else Tile(32, 32, 4, 2)
+        if width <= 64:
+            return Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)
+        return Tile(32, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 4, 2)
     if width <= 64:
-        return Tile(128, 64, 4, 3)
-    return Tile(128, 64, 8, 2) if width <= 128 else Tile(64, 32, 8, 2)
+        return Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 4, 4)
+    if width <= 128:
+        return Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3), Tile(128, 32, 4, 3)
+    return Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)
+
+
+def _key(dtype: torch.dtype, D: int, E: int) -> str:
+    return f"attention in {dtype}, heads of {D} and {E}"
+
+
+def trial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, heads: int, kv_heads: int, **__: Any) -> Trial:
+    """Return the choice of blocks of the shared kernel."""
+    dtype, D, E = q.dtype, q.shape[2] // heads, v.shape[2] // kv_heads
+
+    def operands(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        B, T, H = _TIMED
+        drawn = (torch.randn(B, T, H * width, device=device).to(dtype) for width in (D, D, E))
+        return tuple(drawn), {"heads": H, "kv_heads": H, "scale": D**-0.5}
+
+    return Trial(_key(dtype, D, E), _tiles_for(max(D, E), dtype), operands)
 
 
 def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, kv_heads: int) -> Verdict:
@@ -98,7 +124,7 @@ def forward(
 
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     D, E = q.shape[2] // heads, v.shape[2] // kv_heads
-    tile = tile_for(max(D, E), q.dtype)
+    tile = tile_of(_key(q.dtype, D, E), _tiles_for(max(D, E), q.dtype)[0])
     (B, T), S = q.shape[:2], k.shape[1]
     out = q.new_empty(B, T, heads * E)
     offsets, bias = operands.get("offsets"), operands.get("bias")
@@ -168,4 +194,4 @@ def strides_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Te
     }
 
 
-KERNEL = Kernel(_plan, _accepts)
+KERNEL = Kernel(_plan, _accepts, trial)

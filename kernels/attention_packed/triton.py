@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xformopt.kernels.attention.triton import forward, refusal
+from xformopt.kernels.attention.triton import forward, refusal, trial
 from xformopt.kernels.triton_form import Kernel, Plan, Verdict
 
 __all__ = ["KERNEL"]
@@ -36,4 +36,4 @@ def _plan(
     return forward(q, k, v, lengths, heads=heads, kv_heads=kv_heads, scale=scale, left=-1, right=right)
 
 
-KERNEL = Kernel(_plan, _accepts)
+KERNEL = Kernel(_plan, _accepts, trial)

@@ -6,16 +6,43 @@ from typing import Any
 
 import torch
 
-from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Verdict, rows_of, tiles
+from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Tile, Trial, Verdict, rows_of, tile_of, tiles
 
-__all__ = ["KERNEL", "blocks_for", "refusal"]
+__all__ = ["KERNEL", "refusal"]
 
 
-def blocks_for(dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
-    """Return the block of rows, output and input channels, the warps that share it, and how many are loaded ahead."""
+# rows that tiles are timed on
+_ROWS = 4096
+
+
+def _tiles_for(dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Return blocks of rows and output channels in steps of K input channels, the default first."""
     if dtype == torch.float32:
-        return {"M": 64, "N": 64, "K": 32}, 4, 3
-    return {"M": 128, "N": 128, "K": 32}, 8, 4
+        return Tile(64, 64, 4, 3, 32), Tile(128, 64, 8, 3, 32), Tile(64, 128, 8, 3, 32), Tile(32, 64, 4, 3, 32)
+    return (
+        Tile(128, 128, 8, 4, 32),
+        Tile(128, 256, 8, 3, 64),
+        Tile(128, 128, 8, 3, 64),
+        Tile(128, 128, 4, 4, 32),
+        Tile(128, 64, 4, 4, 32),
+        Tile(64, 128, 4, 4, 64),
+        Tile(64, 64, 4, 4, 64),
+    )
+
+
+def _key(weight: torch.Tensor) -> str:
+    outputs, inputs = weight.shape
+    return f"linear_activation in {weight.dtype}, {inputs} to {outputs}"
+
+
+def _trial(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, function: str) -> Trial:
+    dtype, (outputs, inputs) = x.dtype, weight.shape
+
+    def operands(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        shapes = ((_ROWS, inputs), (outputs, inputs), (outputs,))
+        return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes), {"function": function}
+
+    return Trial(_key(weight), _tiles_for(dtype), operands)
 
 
 def refusal(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> Verdict:
@@ -31,18 +58,19 @@ def _plan(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
     from xformopt.kernels.triton_matmul import float_linear
 
     lines, out = rows_of(x, x.shape[-1]), x.new_empty(*x.shape[:-1], weight.shape[0])
-    block, warps, stages = blocks_for(x.dtype)
+    tile = tile_of(_key(weight), _tiles_for(x.dtype)[0])
     outputs, inputs = weight.shape
     arguments = {
         **{"x": lines, "weight": weight.contiguous(), "bias": bias, "out": out},
         **{"rows": lines.shape[0], "outputs": outputs, "inputs": inputs, "x_row": lines.stride(0)},
     }
-    grid = (tiles(lines.shape[0], block["M"]) * tiles(outputs, block["N"]),)
-    return Plan((Launch(float_linear, grid, arguments, {"FUNCTION": function, **block}, warps, stages),), out)
+    constants = {"FUNCTION": function, "M": tile.M, "N": tile.N, "K": tile.K}
+    grid = (tiles(lines.shape[0], tile.M) * tiles(outputs, tile.N),)
+    return Plan((Launch(float_linear, grid, arguments, constants, tile.warps, tile.stages),), out)
 
 
 def _accepts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, function: str) -> Verdict:
     return refusal(x, weight, weight, bias)
 
 
-KERNEL = Kernel(_plan, _accepts)
+KERNEL = Kernel(_plan, _accepts, _trial)

@@ -57,6 +57,6 @@ def _has_blocks(node: XfNode) -> Verdict:
 
 
 FORMS = (
-    Form("gather_block_quantized", gather_block_quantized, _has_blocks),
+    Form("gather_block_quantized", gather_block_quantized, _has_blocks, is_for_processors=True),
     Form("gather", gather, is_standard=True),
 )

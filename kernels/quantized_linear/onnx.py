@@ -74,9 +74,9 @@ def _is_static(node: XfNode) -> Verdict:
 
 
 FORMS = (
-    Form("dynamic_matmul", dynamic_matmul, _is_dynamic),
+    Form("dynamic_matmul", dynamic_matmul, _is_dynamic, is_for_processors=True),
     Form("dynamic_integers", dynamic_integers, _is_dynamic, is_standard=True),
-    Form("static_matmul", static_matmul, _is_static),
+    Form("static_matmul", static_matmul, _is_static, is_for_processors=True),
     Form("quantize_dequantize", quantize_dequantize, _is_static, is_standard=True),
     Form("static_integers", static_integers, _is_static, is_standard=True),
 )

@@ -67,8 +67,8 @@ def test_a_worse_tile_is_named() -> None:
     assert worse({name: too_much}, {name: too_much}) == [f"{name}: 200000 bytes of shared memory, of 166912"]
 
 
-def check(*options: str) -> None:
-    command = [sys.executable, str(TOOLS / "compile_kernels.py"), "--check", *options]
+def compile_kernels(option: str) -> None:
+    command = [sys.executable, str(TOOLS / "compile_kernels.py"), option]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -76,4 +76,9 @@ def check(*options: str) -> None:
 
 @pytest.mark.slow
 def test_no_tile_got_worse() -> None:
-    check()
+    compile_kernels("--check")
+
+
+@pytest.mark.slow
+def test_kernels_take_numbers_of_64_bits() -> None:
+    compile_kernels("--wide")

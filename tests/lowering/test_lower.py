@@ -228,7 +228,8 @@ def test_candidates_share_their_weights(encoder: Program, tmp_path: Path) -> Non
 
 def test_targets_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [target.name for target in targets()]
-    assert names == ["eager", "inductor", "ort-cpu", "openvino-cpu", "tvm-cpu", "tvm-x86-64-v3", "tvm-aarch64"]
+    for_gpus, by_tvm = ["ort-cuda", "openvino-cpu", "triton-cuda"], ["tvm-cpu", "tvm-x86-64-v3", "tvm-aarch64"]
+    assert names == ["eager", "inductor", "ort-cpu", *for_gpus, *by_tvm]
     from xformopt.lowering import catalog
 
     real = catalog.importlib.util.find_spec

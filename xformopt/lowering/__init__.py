@@ -34,8 +34,8 @@ def open_runner(target: str, path: str | Path, *, threads: int, profile_to: Path
     """Open a model on a target for benchmarking.
 
     Args:
-        target: ``eager`` or ``inductor`` for the folder of a saved Program; ``ort-cpu`` or ``openvino-cpu`` for an
-            artifact directory or an ``.onnx`` file; ``tvm-*`` for an artifact directory.
+        target: ``eager`` or ``inductor`` for the folder of a saved Program; ``ort-*`` or ``openvino-cpu`` for an
+            artifact directory or an ``.onnx`` file; ``triton-cuda`` or ``tvm-*`` for an artifact directory.
         path: The folder or file.
         threads: Threads inside operators.
         profile_to: A folder for the runtime's own profile.
@@ -52,8 +52,10 @@ def open_runner(target: str, path: str | Path, *, threads: int, profile_to: Path
     path = Path(path).expanduser()
     if target in BASELINES:
         return runners.TorchRunner(target, path, threads=threads, profile_to=profile_to)
-    if target == "ort-cpu":
-        return runners.OrtRunner(path, threads=threads, profile_to=profile_to)
+    if target in ("ort-cpu", "ort-cuda"):
+        return runners.OrtRunner(target, path, threads=threads, profile_to=profile_to)
+    if target == "triton-cuda":
+        return runners.TritonRunner(path, profile_to=profile_to)
     if target == "openvino-cpu":
         return runners.OpenVinoRunner(path, threads=threads, profile_to=profile_to)
     if target in ARTIFACT_TARGETS:

@@ -25,7 +25,7 @@ from xformopt.lowering.manifest import (
     read_manifest,
 )
 from xformopt.lowering.onnx_files import check_external_data
-from xformopt.lowering.ort_session import OrtSession
+from xformopt.lowering.ort_session import ORT_TARGETS, OrtSession
 from xformopt.program import Program, load_program, save_program
 
 if TYPE_CHECKING:
@@ -219,8 +219,12 @@ def open_session(target: str, path: Path, manifest: Manifest, threads: int | Non
         from xformopt.lowering.tvm_session import TvmSession
 
         return TvmSession(path, threads=threads)
-    if target == "ort-cpu":
-        return OrtSession(path, manifest.session, threads=threads)
+    if target == "triton-cuda":
+        from xformopt.lowering.triton_session import TritonSession
+
+        return TritonSession(path)
+    if target in ORT_TARGETS:
+        return OrtSession(path, manifest.session, threads=threads, target=target)
     raise ArtifactError(
         f"{path.parent} was made for the target {target!r}, which this version of xformopt does not run. "
         f"Use the version that wrote it ({manifest.xformopt})."

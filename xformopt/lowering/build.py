@@ -16,12 +16,13 @@ import torch
 
 from xformopt.errors import ArtifactError, LoweringError, OutputError, UsageError
 from xformopt.lowering.artifact import Artifact, Workspace, copy_extra
-from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES, TUNING_SECONDS
+from xformopt.lowering.catalog import ARTIFACT_TARGETS, BASELINES, GPU_TARGETS, TUNING_SECONDS
 from xformopt.lowering.manifest import (
     FILE_NAME,
     DimSpec,
     Manifest,
     SessionSettings,
+    TuningRecord,
     arithmetic_of,
     execution_of,
     half_precision_of,
@@ -33,15 +34,18 @@ from xformopt.lowering.onnx_export import export_onnx
 from xformopt.lowering.onnx_files import store_in_half, write_onnx
 from xformopt.lowering.onnx_forms import build_graph
 from xformopt.lowering.openvino import require_openvino
-from xformopt.lowering.ort_session import require_onnxruntime
+from xformopt.lowering.ort_session import ORT_TARGETS, require_onnxruntime
 from xformopt.lowering.reference import TOLERANCE, largest_gap, reference_inputs
+from xformopt.lowering.triton_build import MODEL as PACKAGE
+from xformopt.lowering.triton_build import TRITON_TARGETS, Package, check_gpu_toolchain, write_package
+from xformopt.lowering.triton_tuning import choose_tiles as choose_gpu_tiles
 from xformopt.lowering.tuning import Progress, Tuned, choose_forms
 from xformopt.lowering.tvm_build import MODEL as LIBRARY
 from xformopt.lowering.tvm_build import TVM_TARGETS, check_toolchain, runs_here, write_library
 from xformopt.lowering.tvm_padding import LENGTH, padding_of
 from xformopt.lowering.tvm_tuning import Tiling, choose_tiles
 from xformopt.measure.machine import describe_machine
-from xformopt.program import Level, Program, widened
+from xformopt.program import Level, Program, numpy_interface, widened
 from xformopt.program.storage import save_tensors
 
 __all__ = ["lower_program"]
@@ -70,10 +74,10 @@ def lower_program(
 
     Args:
         program: What to lower.
-        target: ``ort-cpu``, ``openvino-cpu``, or ``tvm-*``, which is fixed to the sizes of the reference inputs;
-            baselines are not artifacts.  What another architecture runs is not compared with the eager program here.
-        measure: Whether to time the forms an operator may take (for ``tvm-cpu`` the tiles of its kernel); otherwise the
-            first that fits is used.
+        target: ``ort-*``, ``openvino-cpu``, ``triton-cuda``, or ``tvm-*``, which is fixed to the sizes of the reference
+            inputs; baselines are not artifacts.  What another architecture runs is not compared with the eager program.
+        measure: Whether to time the forms an operator may take (for ``tvm-cpu`` and ``triton-cuda`` the tiles of its
+            kernel); otherwise the first that fits is used.
         sizes: Sizes of dimensions to choose for; those of the example inputs where left out.
         lengths: For ``tvm-*``: compile a function for each of these lengths.  An input in between is padded to the
             next where the model has a padding mask and obeys it, and refused elsewhere.
@@ -94,9 +98,12 @@ def lower_program(
     _check_target(target)
     if captured is None and program.level == Level.CAPTURED:
         captured = program
-    told = {"precision": precision_of(program), "execution": execution_of(program)}
-    # no target here computes in 16 bits: they are what weights are stored in
-    half, program = half_precision_of(program), widened(program)
+    told = {"precision": precision_of(program), "execution": execution_of(program, in_half=target in GPU_TARGETS)}
+    half = None
+    if target in GPU_TARGETS:
+        program = numpy_interface(program)
+    else:
+        half, program = half_precision_of(program), widened(program)
     every = _every_size(program, target, sizes, lengths)
     inputs = every[-1]
     progress("exporting", 0, 3)
@@ -115,9 +122,13 @@ def lower_program(
                     progress=progress,
                 )
             written = _compile(program, every, target, workspace.path, choose, tolerance)
+        elif target in TRITON_TARGETS:
+            choose_gpu = partial(choose_gpu_tiles, progress=progress) if measure else None
+            package = write_package(program, inputs, workspace.path, choose_gpu)
+            written = _Written(PACKAGE, package.forms, Tuned(records=_records_of(package)))
         else:
             exported, tuned = export_onnx(program), Tuned()
-            if measure and target == "ort-cpu":
+            if measure and target in ORT_TARGETS:
                 tuned = choose_forms(
                     exported,
                     inputs,
@@ -127,9 +138,11 @@ def lower_program(
                     tolerance=tolerance,
                     seconds=tuning_seconds,
                     progress=progress,
+                    target=target,
                 )
             progress("writing", 1, 3)
-            model, forms = build_graph(exported, tuned.forms, standard_only=target != "ort-cpu")
+            standard, on_gpu = target not in ORT_TARGETS, target == "ort-cuda"
+            model, forms = build_graph(exported, tuned.forms, standard_only=standard, on_gpu=on_gpu)
             if half is not None:
                 store_in_half(model, half)
             write_onnx(model, workspace.path / _MODEL)
@@ -219,6 +232,15 @@ def _every_size(
     return [reference_inputs(program, {**(sizes or {}), LENGTH: length}) for length in sorted(set(lengths))]
 
 
+def _records_of(package: Package) -> tuple[TuningRecord, ...]:
+    """Return what is to be said of a package: the tiles that were tried, and what no kernel took."""
+    tried = [
+        TuningRecord(operator=one.operator or "triton", form=one.key, ratio=one.ratio, note=one.note)
+        for one in package.tried
+    ]
+    return (*tried, *(TuningRecord(operator="triton", form="aten", note=reason) for reason in package.refused))
+
+
 @contextmanager
 def _room_for_work() -> Iterator[None]:
     """Turn a full disk into a paragraph that names the folder for temporary files."""
@@ -243,8 +265,12 @@ def _check_target(target: str) -> None:
         raise UsageError(f"There is no target {target!r} to lower to. Lower to one of: {', '.join(ARTIFACT_TARGETS)}.")
     if target in TVM_TARGETS:
         check_toolchain(target)
-        return
-    (require_onnxruntime if target == "ort-cpu" else require_openvino)()
+    elif target in TRITON_TARGETS:
+        check_gpu_toolchain(target)
+    elif target in ORT_TARGETS:
+        require_onnxruntime(target)
+    else:
+        require_openvino()
 
 
 def _check_parity(

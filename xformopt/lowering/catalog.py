@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib.util
 from typing import NamedTuple
 
-__all__ = ["ARTIFACT_TARGETS", "BASELINES", "TUNING_SECONDS", "Target", "targets"]
+__all__ = ["ARTIFACT_TARGETS", "BASELINES", "GPU_TARGETS", "TUNING_SECONDS", "Target", "targets"]
 
 BASELINES = ("eager", "inductor")
-ARTIFACT_TARGETS = ("ort-cpu", "openvino-cpu", "tvm-cpu", "tvm-x86-64-v3", "tvm-aarch64")
+ARTIFACT_TARGETS = (
+    *("ort-cpu", "ort-cuda", "openvino-cpu", "triton-cuda"),
+    *("tvm-cpu", "tvm-x86-64-v3", "tvm-aarch64"),
+)
+# what computes in 16 bits; elsewhere they are what weights are stored in
+GPU_TARGETS = ("ort-cuda", "triton-cuda")
 # how long forms and tiles are timed unless told otherwise
 TUNING_SECONDS = 40.0
 _TVM = (("tvm",), "tvm")
 _NEEDS = {
     "ort-cpu": (("onnxruntime", "onnx", "onnxscript"), "ort"),
+    "ort-cuda": (("onnxruntime", "onnx", "onnxscript"), "ort-gpu"),
+    "triton-cuda": (("triton",), "triton"),
     "openvino-cpu": (("openvino", "onnx"), "openvino"),
     "tvm-cpu": _TVM,
     "tvm-x86-64-v3": _TVM,
@@ -47,6 +54,16 @@ def _describe(name: str) -> Target:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         return Target(name, False, f'{missing[0]} is not installed: pip install "xformopt[{extra}]"')
+    if name == "ort-cuda":
+        from xformopt.lowering.ort_session import missing_provider
+
+        if why_not := missing_provider(name):
+            return Target(name, False, why_not)
+    if name == "triton-cuda":
+        from xformopt.lowering.triton_build import missing_for_gpu
+
+        if why_not := missing_for_gpu():
+            return Target(name, False, why_not)
     if name.startswith("tvm-"):
         from xformopt.lowering.tvm_build import missing_linker
 

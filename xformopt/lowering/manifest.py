@@ -220,10 +220,10 @@ def rounds_activations(program: Program) -> bool:
     return any(defined.name in rounding for defined, _ in _xf_nodes(program))
 
 
-def execution_of(program: Program) -> dict[str, int]:
+def execution_of(program: Program, *, in_half: bool = False) -> dict[str, int]:
     """Count linear layers and tables by how they run: executed in integers, or only stored in few bits.
 
-    Activations in few bits are simulated: rounded, and kept in float.
+    ``in_half`` says that the target computes in 16 bits what is to be computed so.  Activations in few bits are simulated: rounded, and kept in float.
     """
     counted: Counter[str] = Counter()
     for defined, node in _xf_nodes(program):
@@ -242,14 +242,15 @@ def execution_of(program: Program) -> dict[str, int]:
         elif defined.name == "sparse_factor_linear":
             counted["linear layers stored as sparse times dense, computed dense"] += 1
         elif defined.name in ("linear", "linear_activation"):
-            counted[_stored_in(value_of(node).dtype)] += 1
+            counted[_computed_in(value_of(node).dtype, in_half)] += 1
     return dict(sorted(counted.items()))
 
 
-def _stored_in(dtype: torch.dtype) -> str:
-    if dtype in HALF_PRECISIONS:
-        return f"linear layers stored in {_PRECISIONS[dtype]}, computed in fp32"
-    return "linear layers in float"
+def _computed_in(dtype: torch.dtype, in_half: bool) -> str:
+    if dtype not in HALF_PRECISIONS:
+        return "linear layers in float"
+    name = _PRECISIONS[dtype]
+    return f"linear layers in {name}" if in_half else f"linear layers stored in {name}, computed in fp32"
 
 
 def _stored_floats(program: Program) -> Iterator[tuple[Any, ...]]:

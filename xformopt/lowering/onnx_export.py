@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from xformopt.errors import LoweringError, MissingExtraError
 from xformopt.kernels.definition import load_operators
+from xformopt.lowering.program_export import explain, export_program, without_warnings
 from xformopt.program import Program, path_of
 from xformopt.program.text import target_name
 
@@ -30,8 +29,6 @@ _SAME_AS = {torch.ops.aten.linear.default: "linear"}
 _TRANSLATED_OPSET = 20
 # the first with Attention, RMSNormalization and RotaryEmbedding, which forms use
 OPSET = 23
-# sizes a trace takes apart from each other and from what models use
-_TRACE_SIZES = (5, 11, 23, 47, 7, 13, 29, 53, 17, 31)
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def export_onnx(program: Program) -> Exported:
 
     """
     require_onnx("Writing ONNX")
-    exported = _trace(program)
+    exported = export_program(program, "ONNX")
     with _quiet():
         try:
             result = torch.onnx.export(
@@ -83,46 +80,6 @@ def export_onnx(program: Program) -> Exported:
     model = result.model
     _clean(model, program)
     return Exported(model, program)
-
-
-class _Interpreted(torch.nn.Module):
-    """Runs a Program's graph node by node, so that a trace of it keeps each node's module path."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        self.graph_module = program.module()
-        for node in self.graph_module.graph.nodes:
-            node.meta = {"val": node.meta.get("val"), "custom": {"path": path_of(node)}}
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        with fx.traceback.preserve_node_meta():
-            return fx.Interpreter(self.graph_module).run(*inputs)
-
-
-def _trace(program: Program) -> torch.export.ExportedProgram:
-    sizes: dict[str, int] = {}
-    dims: dict[str, Any] = {}
-    for index, dim in enumerate(program.dims):
-        size = _TRACE_SIZES[index % len(_TRACE_SIZES)]
-        if not dim.admits(size):
-            size = dim.low if dim.high is None else min(dim.high, max(dim.low, size))
-        sizes[dim.name] = size
-        dims[dim.name] = torch.export.Dim(dim.name, min=dim.low, max=dim.high)
-    inputs = tuple(
-        torch.zeros([sizes[s] if isinstance(s, str) else s for s in spec.shape], dtype=spec.dtype)
-        for spec in program.inputs
-    )
-    axes = tuple(
-        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs
-    )
-    with _quiet(), torch.no_grad():
-        try:
-            return torch.export.export(_Interpreted(program), inputs, dynamic_shapes=(axes,), strict=False)
-        except Exception as error:
-            raise LoweringError(
-                f"The program {program.name!r} could not be traced for ONNX with its dimensions "
-                f"({', '.join(map(str, program.dims)) or 'none'}): {_first_paragraph(error)}"
-            ) from error
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -227,7 +184,7 @@ def _explain(program: Program, error: BaseException) -> str:
         cause = cause.__cause__
     found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", "\n".join(chain))
     if not found:
-        return f"The program {program.name!r} could not be written as ONNX: {_first_paragraph(chain[-1])}"
+        return f"The program {program.name!r} could not be written as ONNX: {explain(chain[-1])}"
     name = found[1] if found[2] == "default" else f"{found[1]}.{found[2]}"
     places = _places_of(program, name)
     where = f", used in {', '.join(places[:3])}{' and elsewhere' if len(places) > 3 else ''}," if places else ""
@@ -244,10 +201,6 @@ def _places_of(program: Program, name: str) -> list[str]:
     return list(dict.fromkeys(exact or [path for target, path in used if name.split(".")[1] in target]))
 
 
-def _first_paragraph(error: object) -> str:
-    return str(error).strip().split("\n\n")[0].replace("\n", " ")
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what the exporter says about optional packages and its own deprecations."""
@@ -255,8 +208,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_warnings():
             yield
     finally:
         logger.setLevel(level)

@@ -43,40 +43,43 @@ def forms_of(operator: str) -> tuple[Form, ...]:
     return forms
 
 
-def build_graph(exported: Exported, choice: Choice, *, standard_only: bool = False) -> Built:
+def build_graph(exported: Exported, choice: Choice, *, standard_only: bool = False, on_gpu: bool = False) -> Built:
     """Return a model without xf nodes; the export itself is left as it is.
 
     Args:
         exported: What to build from.
         choice: The form of each operator.
         standard_only: Use no operator outside of the ONNX standard.
+        on_gpu: Use no operator that ONNX Runtime has for processors alone.
 
     Raises:
         LoweringError: an operator has no form that expresses one of its nodes.
 
     """
-    expansion = _Expansion(exported, choice, standard_only).run()
+    expansion = _Expansion(exported, choice, standard_only, on_gpu).run()
     _clean_up(expansion.model)
     return Built(expansion.model, {operator: dict(count) for operator, count in sorted(expansion.used.items())})
 
 
-def offered_forms(exported: Exported, *, standard_only: bool = False) -> dict[str, tuple[str, ...]]:
+def offered_forms(
+    exported: Exported, *, standard_only: bool = False, on_gpu: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Return, for each operator that occurs and may be written in several ways, the names of its forms.
 
     The default comes first.
     """
-    offered = _Expansion(exported, {}, standard_only).run().offered
+    offered = _Expansion(exported, {}, standard_only, on_gpu).run().offered
     return {operator: tuple(names) for operator, names in offered.items() if len(names) > 1}
 
 
 class _Expansion:
     """One walk over a graph that replaces xf nodes, and those their forms emit."""
 
-    def __init__(self, exported: Exported, choice: Choice, standard_only: bool) -> None:
+    def __init__(self, exported: Exported, choice: Choice, standard_only: bool, on_gpu: bool) -> None:
         self.model = exported.model.clone()
         self.builder = Builder(self.model.graph, exported.derived)
         self.choice = choice
-        self.standard_only = standard_only
+        self.standard_only, self.on_gpu = standard_only, on_gpu
         self.offered: dict[str, dict[str, None]] = {}
         self.used: dict[str, Counter[str]] = {}
 
@@ -99,7 +102,7 @@ class _Expansion:
         reasons: list[str] = []
         accepted: list[Form] = []
         for form in forms_of(view.operator):
-            reason = "it is not standard" if self.standard_only and not form.is_standard else form.accepts(view)
+            reason = self._unfit(form) or form.accepts(view)
             if reason is None:
                 accepted.append(form)
             else:
@@ -114,6 +117,11 @@ class _Expansion:
         picked = next((form for form in accepted if form.name == wanted), accepted[0])
         self.used.setdefault(view.operator, Counter())[picked.name] += 1
         return picked
+
+    def _unfit(self, form: Form) -> str | None:
+        if self.standard_only and not form.is_standard:
+            return "it is not standard"
+        return "it is for processors alone" if self.on_gpu and form.is_for_processors else None
 
     def _replace(self, node: ir.Node, values: object) -> None:
         import onnx_ir as ir

@@ -15,19 +15,35 @@ import numpy as np
 from xformopt.errors import ArtifactError, MissingExtraError
 from xformopt.measure.runner import OperatorTime
 
-__all__ = ["OrtSession", "Settings", "read_profile", "require_onnxruntime"]
+__all__ = ["ORT_TARGETS", "OrtSession", "Settings", "missing_provider", "read_profile", "require_onnxruntime"]
 
-_PROVIDERS = {"ort-cpu": "CPUExecutionProvider"}
+_PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
+ORT_TARGETS = tuple(_PROVIDERS)
 _PROFILE_WARMUP = 2
 
 
-def require_onnxruntime() -> Any:
-    """Import ONNX Runtime, or raise MissingExtraError."""
+def require_onnxruntime(target: str = "ort-cpu") -> Any:
+    """Import ONNX Runtime with what ``target`` runs on, or raise MissingExtraError."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtraError("onnxruntime", "ort", "The target ort-cpu") from error
+        package, extra = ("onnxruntime-gpu", "ort-gpu") if target == "ort-cuda" else ("onnxruntime", "ort")
+        raise MissingExtraError(package, extra, f"The target {target}") from error
+    if missing_provider(target):
+        raise MissingExtraError("onnxruntime-gpu", "ort-gpu", f"The target {target}")
     return onnxruntime
+
+
+def missing_provider(target: str) -> str:
+    """Say what the installed ONNX Runtime lacks for ``target``, or nothing."""
+    import onnxruntime
+
+    if _PROVIDERS[target] in onnxruntime.get_available_providers():
+        return ""
+    return (
+        f"the installed ONNX Runtime has no {_PROVIDERS[target]}: pip uninstall onnxruntime, then "
+        f'pip install "xformopt[ort-gpu]"'
+    )
 
 
 class Settings(Protocol):
@@ -62,6 +78,7 @@ class OrtSession:
         settings: What the session is told.
         threads: Threads inside operators; None leaves the choice to ONNX Runtime.
         is_rival: Whether other sessions are timed beside it, whose idle threads must not keep spinning.
+        target: ``ort-cpu`` or ``ort-cuda``; on the latter, small shape arithmetic may stay on the processor.
 
     Raises:
         ArtifactError: ONNX Runtime refuses the model.
@@ -69,8 +86,16 @@ class OrtSession:
 
     """
 
-    def __init__(self, path: Path, settings: Settings, *, threads: int | None = None, is_rival: bool = False) -> None:
-        self.path, self.settings, self.threads = path, settings, threads
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        *,
+        threads: int | None = None,
+        is_rival: bool = False,
+        target: str = "ort-cpu",
+    ) -> None:
+        self.path, self.settings, self.threads, self.target = path, settings, threads, target
         self.is_rival = is_rival
         self._session: Any = self._open(None)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
@@ -98,10 +123,10 @@ class OrtSession:
             session = self._open(os.fspath((keep or Path(folder)) / "ort-profile"))
             for _ in range(_PROFILE_WARMUP + rounds):
                 session.run(None, given)
-            return read_profile(Path(session.end_profiling()), skip=_PROFILE_WARMUP)
+            return read_profile(Path(session.end_profiling()), skip=_PROFILE_WARMUP, target=self.target)
 
     def _open(self, profile_prefix: str | None) -> Any:
-        runtime = require_onnxruntime()
+        runtime = require_onnxruntime(self.target)
         options = runtime.SessionOptions()
         options.graph_optimization_level = getattr(
             runtime.GraphOptimizationLevel, f"ORT_{_LEVELS[self.settings.optimization_level]}"
@@ -120,10 +145,10 @@ class OrtSession:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
         try:
-            return runtime.InferenceSession(
+            session = runtime.InferenceSession(
                 os.fspath(self.path),
                 options,
-                providers=[_PROVIDERS["ort-cpu"]],
+                providers=[_PROVIDERS[self.target]],
                 disabled_optimizers=list(self.settings.disabled_optimizers) or None,
             )
         except Exception as error:
@@ -131,6 +156,13 @@ class OrtSession:
                 f"ONNX Runtime {runtime.__version__} cannot open {self.path}: {str(error).strip()} "
                 f"Lower the model again with this version, or install the one named in artifact.json."
             ) from error
+        # a provider that fails to start is left out without an error
+        if _PROVIDERS[self.target] not in session.get_providers():
+            raise ArtifactError(
+                f"ONNX Runtime {runtime.__version__} could not start its {_PROVIDERS[self.target]} for {self.path}: "
+                f"it needs an NVIDIA GPU with the CUDA and cuDNN that this release was built for."
+            )
+        return session
 
 
 _LEVELS = {
@@ -142,15 +174,16 @@ _LEVELS = {
 }
 
 
-def read_profile(path: Path, *, skip: int = 0) -> tuple[list[OperatorTime], list[str]]:
+def read_profile(path: Path, *, skip: int = 0, target: str = "ort-cpu") -> tuple[list[OperatorTime], list[str]]:
     """Read an ONNX Runtime profile.
 
     Args:
         path: The JSON file that the runtime wrote.
         skip: Runs at the beginning that do not count.
+        target: Whose provider nodes are to run on.
 
     Returns:
-        Kernel time by node, longest first, and one line for each node on another provider than the CPU's.
+        Kernel time by node, longest first, and one line for each node on another provider than the target's.
 
     """
     events = json.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +196,7 @@ def read_profile(path: Path, *, skip: int = 0) -> tuple[list[OperatorTime], list
         arguments = event.get("args", {})
         node, operator = name.removesuffix("_kernel_time"), arguments.get("op_name", "")
         totals[node, operator].append(event["dur"] / 1e3)
-        if (provider := arguments.get("provider", "")) not in ("", *_PROVIDERS.values()):
+        if (provider := arguments.get("provider", "")) not in ("", _PROVIDERS[target]):
             elsewhere[f"{node} ({operator}) ran on {provider}"] = None
     times = [OperatorTime(n, o, sum(ms[skip:]), len(ms[skip:])) for (n, o), ms in totals.items()]
     return sorted(times, key=lambda time: -time.total_ms), list(elsewhere)

@@ -20,7 +20,7 @@ from xformopt.lowering.tvm_session import TvmSession
 from xformopt.measure.runner import OperatorTime
 from xformopt.program import Program, load_program
 
-__all__ = ["OpenVinoRunner", "OrtRunner", "TorchRunner", "TvmRunner"]
+__all__ = ["OpenVinoRunner", "OrtRunner", "TorchRunner", "TritonRunner", "TvmRunner"]
 
 
 class TorchRunner:
@@ -66,10 +66,10 @@ class TorchRunner:
 class OrtRunner(SessionRunner):
     """An artifact directory, or a plain ONNX file, in ONNX Runtime."""
 
-    def __init__(self, path: Path, *, threads: int, profile_to: Path | None = None) -> None:
+    def __init__(self, target: str, path: Path, *, threads: int, profile_to: Path | None = None) -> None:
         model, settings, precision = _model_of(path)
-        session = OrtSession(model, settings, threads=threads)
-        super().__init__("ort-cpu", session, model, precision, profile_to)
+        session = OrtSession(model, settings, threads=threads, target=target)
+        super().__init__(target, session, model, precision, profile_to)
         self._manifest = read_manifest(path) if path.is_dir() else None
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -99,6 +99,17 @@ class TvmRunner(SessionRunner):
         manifest = read_manifest(path)
         model = path / manifest.model
         super().__init__(target, TvmSession(model, threads=threads), model, manifest.precision)
+
+
+class TritonRunner(SessionRunner):
+    """An artifact directory with a package of AOTInductor, on its GPU."""
+
+    def __init__(self, path: Path, *, profile_to: Path | None = None) -> None:
+        from xformopt.lowering.triton_session import TritonSession
+
+        manifest = read_manifest(path)
+        model = path / manifest.model
+        super().__init__("triton-cuda", TritonSession(model), model, manifest.precision, profile_to)
 
 
 def _model_of(path: Path) -> tuple[Path, SessionSettings, str]:

@@ -71,6 +71,7 @@ def choose_forms(
     tolerance: float,
     seconds: float,
     progress: Progress,
+    target: str = "ort-cpu",
 ) -> Tuned:
     """Return the fastest form of every operator for ``inputs`` on this machine.
 
@@ -83,13 +84,14 @@ def choose_forms(
         tolerance: Largest relative L2 of a candidate.
         seconds: When to stop trying further forms.
         progress: Called with (what, done, total).
+        target: ``ort-cpu`` or ``ort-cuda``.
 
     """
-    key = _cache_key(exported, inputs, settings, threads)
+    key = _cache_key(exported, inputs, settings, threads, target)
     if (known := _read_cache(key)) is not None:
         return known
     with tempfile.TemporaryDirectory(prefix="xformopt-") as folder:
-        search = _Search(exported, inputs, expected, Path(folder), settings, threads, tolerance)
+        search = _Search(exported, inputs, expected, Path(folder), settings, threads, tolerance, target)
         tuned = search.run(time.monotonic() + seconds, progress)
     _write_cache(key, tuned)
     return tuned
@@ -107,12 +109,14 @@ class _Search:
         settings: SessionSettings,
         threads: int,
         tolerance: float,
+        target: str,
     ) -> None:
         self.exported, self.inputs, self.expected = exported, inputs, expected
         self.arrays = {name: value.numpy() for name, value in inputs.items()}
         self.candidates = CandidateFolder(folder)
-        self.settings, self.threads, self.tolerance = settings, threads, tolerance
-        self.clock = time.process_time if threads == 1 else time.perf_counter
+        self.settings, self.threads, self.tolerance, self.target = settings, threads, tolerance, target
+        # what a GPU does takes no time of the processor
+        self.clock = time.process_time if threads == 1 and target == "ort-cpu" else time.perf_counter
         self.seen: set[str] = set()
 
     def run(self, deadline: float, progress: Progress) -> Tuned:
@@ -120,7 +124,7 @@ class _Search:
         records: list[TuningRecord] = []
         best = self._open({})
         assert best is not None
-        offered = offered_forms(self.exported)
+        offered = offered_forms(self.exported, on_gpu=self.target == "ort-cuda")
         order = sorted(offered, key=lambda operator: ((*_FIRST, operator)).index(operator))
         trials = [(operator, name) for operator in order for name in offered[operator][1:]]
         for done, (operator, form) in enumerate(trials):
@@ -160,11 +164,12 @@ class _Search:
         return base.model_copy(update={"ratio": round(ratio, 4), "relative_l2": gap, "kept": kept}), rival
 
     def _open(self, choice: Mapping[str, str]) -> OrtSession | None:
-        model = build_graph(self.exported, choice).model
+        model = build_graph(self.exported, choice, on_gpu=self.target == "ort-cuda").model
         if (shape := _structure(model)) in self.seen:
             return None
         self.seen.add(shape)
-        return OrtSession(self.candidates.write(model), self.settings, threads=self.threads, is_rival=True)
+        path = self.candidates.write(model)
+        return OrtSession(path, self.settings, threads=self.threads, is_rival=True, target=self.target)
 
     def _compare(self, best: OrtSession, rival: OrtSession) -> tuple[float, bool]:
         """Return the rival's time over the best's (median of rounds), and whether it is clearly faster."""
@@ -221,7 +226,9 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _cache_key(exported: Exported, inputs: Mapping[str, torch.Tensor], settings: SessionSettings, threads: int) -> str:
+def _cache_key(
+    exported: Exported, inputs: Mapping[str, torch.Tensor], settings: SessionSettings, threads: int, target: str
+) -> str:
     machine = describe_machine()
     offered = offered_forms(exported)
     parts = [
@@ -232,8 +239,13 @@ def _cache_key(exported: Exported, inputs: Mapping[str, torch.Tensor], settings:
         offered,
         settings.model_dump(),
         threads,
+        *([target, _gpu()] if target == "ort-cuda" else []),
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "unknown to torch"
 
 
 def _read_cache(key: str) -> Tuned | None:

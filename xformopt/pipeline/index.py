@@ -192,8 +192,6 @@ def build_pass(name: str, options: Mapping[str, object]) -> Pass:
         UsageError: there is no such pass or option, or a value does not fit its type.
 
     """
-    from pydantic import TypeAdapter, ValidationError
-
     kind = find_pass(name)
     info = describe(kind)
     hints = typing.get_type_hints(kind)
@@ -203,15 +201,22 @@ def build_pass(name: str, options: Mapping[str, object]) -> Pass:
         option = given.replace("-", "_")
         if option not in known:
             raise UsageError(f"The pass {info.name} has no option {given!r}. {_explain(info)}")
-        try:
-            values[option] = TypeAdapter(hints[option]).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].lower()
-            raise UsageError(f"The pass {info.name} refuses {given}={value!r}: {reason}. {_explain(info)}") from None
+        values[option] = _converted(info, given, value, hints[option])
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"The pass {info.name} refuses its options: {error}. {_explain(info)}") from error
+
+
+def _converted(info: PassInfo, given: str, value: object, kind: Any) -> Any:
+    # where no pass has options, as in the recipe `exact`, it is not needed
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].lower()
+        raise UsageError(f"The pass {info.name} refuses {given}={value!r}: {reason}. {_explain(info)}") from None
 
 
 def format_pass(pass_: Pass) -> str:
