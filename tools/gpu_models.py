@@ -25,6 +25,7 @@ from xformopt.models.bert import Bert
 from xformopt.models.examples import example_images, example_tokens
 from xformopt.models.zoo import find_architecture
 from xformopt.passes.fuse.packing import Packing
+from xformopt.passes.quantize.convert_precision import ConvertPrecision
 from xformopt.passes.tokens.merge_tokens import MergeTokens
 from xformopt.pipeline import Pass, Pipeline
 from xformopt.pipeline.recipes import load_recipe
@@ -99,10 +100,10 @@ def unequal_batch(vocabulary: int, batch: int = BATCH, length: int = LENGTH) -> 
 
 
 def prepared(model: nn.Module, inputs: Mapping[str, Tensor], steps: tuple[Pass, ...] = ()) -> Program:
-    """Capture a model on a part of ``inputs``, enough to verify on; run the exact recipe, then ``steps``."""
+    """Capture on a part of ``inputs``, enough to verify on; run the exact recipe, ``steps``, and go to bfloat16."""
     part = {name: value[:2] if value.is_floating_point() else value[:2, :32] for name, value in inputs.items()}
     program = xo.capture(model, part)
-    return Pipeline((*load_recipe("exact"), *steps)).run(program).program
+    return Pipeline((*load_recipe("exact"), *steps, ConvertPrecision(to="bf16"))).run(program).program
 
 
 def _bert(choose: Choose) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def _compare(
             place = Path(folder) / str(number)
             place.mkdir()
             at = {key: value.cpu() for key, value in inputs.items()}
-            write_package(program, at, place, lambda trials: (choose(trials), ()), dtype=torch.bfloat16)
+            write_package(program, at, place, lambda trials: (choose(trials), ()))
             session = TritonSession(place / MODEL)
             tensors = [inputs[key] for key in session.input_names]
             systems[name] = lambda s=session, t=tensors: s.call(t)[0]  # type: ignore[misc]

@@ -2,10 +2,11 @@
 
     y = f(x; W)    ->    y = f(r(x); r(W)),    r rounds to the nearest value of the type
 
-Inputs and outputs keep their types.  What positions are made of keeps its precision, as torch's autocast and
-model code do: whatever sines and cosines are computed from, up to the layer that made it, since an angle or a time step
-of 1,000 has no decimals left in bfloat16.  So do quantized operators, whose codes and scales are as they are.
-Numbers that float16 cannot hold become its largest: the -3e38 of a mask stays a finite number.
+Inputs and outputs keep their types.  What positions are made of keeps its precision, as torch's autocast and model code
+do: what counts, and whatever sines and cosines are computed from, up to the layer that made it, since an angle or a
+time step of 1,000 has no decimals left in bfloat16.  So do recurrences, whose decays of 0.999 would become 1, and
+quantized operators, whose codes and scales are as they are.  Numbers that float16 cannot hold become its largest: the
+-3e38 of a mask stays a finite number.
 
 **Approximate** where it narrows.  A target that computes in 16 bits gains time and bytes; one that does not, as
 processors without such arithmetic, gains the bytes: it stores weights in 16 bits and computes in float32, and says so.
@@ -32,6 +33,17 @@ __all__ = ["ConvertPrecision"]
 aten = torch.ops.aten
 _TYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WAVES = (aten.sin.default, aten.cos.default)
+_COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+# the decay of a step is multiplied over thousands of them
+_RECURRENCES = (
+    "retention",
+    "gated_linear_attention",
+    "selective_scan",
+    "ssd",
+    "rwkv",
+    "manhattan_attention",
+    "delta_rule",
+)
 # layers that are no operators of the dialect
 _LAYERS = (aten.embedding.default, aten.convolution.default)
 
@@ -61,6 +73,8 @@ class ConvertPrecision(Pass):
         """Convert all that may be."""
         to = _TYPES[self.to]
         kept = _behind_waves(program)
+        kept |= {node: "it counts" for node in program.nodes() if is_call(node, *_COUNTS)}
+        kept |= {node: "it multiplies decays" for node in program.nodes() if _is_recurrent(node)}
         kept |= {node: "it is quantized" for node in program.nodes() if _is_quantized(program, node)}
         kept |= {node: "skip names it" for node in program.nodes() if self._is_skipped(node)}
         rejected = tuple(Rejected(self.name, path_of(node), node.name, why) for node, why in kept.items())
@@ -94,6 +108,11 @@ def _computes_in(node: fx.Node, types: Set[torch.dtype]) -> bool:
 
 def _is_layer(node: fx.Node) -> bool:
     return find_operator(node.target) is not None or is_call(node, *_LAYERS)
+
+
+def _is_recurrent(node: fx.Node) -> bool:
+    operator = find_operator(node.target)
+    return operator is not None and operator.name in _RECURRENCES
 
 
 def _is_quantized(program: Program, node: fx.Node) -> bool:

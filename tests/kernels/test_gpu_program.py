@@ -202,7 +202,7 @@ from xformopt.models.zoo import find_architecture
 model = find_architecture("bert-tiny").build()
 inputs = gpu_models.unequal_batch(256, batch=4, length=20)
 program = gpu_models.prepared(model, inputs, (gpu_models.Packing(),))
-print(export_kernels(program, device="cpu", dtype=torch.bfloat16).forms)
+print(export_kernels(program, device="cpu").forms)
 mask = inputs["attention_mask"].bool()
 offsets = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(1).cumsum(0)])
 flat = inputs["input_ids"][mask], torch.arange(20).expand_as(mask)[mask], offsets

@@ -223,7 +223,8 @@ def rounds_activations(program: Program) -> bool:
 def execution_of(program: Program, *, in_half: bool = False) -> dict[str, int]:
     """Count linear layers and tables by how they run: executed in integers, or only stored in few bits.
 
-    ``in_half`` says that the target computes in 16 bits what is to be computed so.  Activations in few bits are simulated: rounded, and kept in float.
+    Activations in few bits are simulated: rounded, and kept in float.  ``in_half`` says that the target computes in 16
+    bits what is to be computed so.
     """
     counted: Counter[str] = Counter()
     for defined, node in _xf_nodes(program):

@@ -73,7 +73,6 @@ def write_package(
     choose: Choose | None = None,
     *,
     device: str = "cuda",
-    dtype: torch.dtype = torch.float32,
 ) -> Package:
     """Compile ``program`` for all sizes of its dimensions.
 
@@ -83,13 +82,12 @@ def write_package(
         folder: Where the package and its signature go.
         choose: Chooses tiles by measurement; None takes the defaults.
         device: ``cuda``; on ``cpu`` only what holds no kernels.
-        dtype: What is computed in instead of float32.
 
     Raises:
         LoweringError: the program cannot be traced, or Inductor fails to compile it.
 
     """
-    ready = export_kernels(program, device=device, sizes=program.bind(inputs), dtype=dtype)
+    ready = export_kernels(program, device=device, sizes=program.bind(inputs))
     tiles, tried = choose(ready.trials) if choose is not None else ({}, ())
     with use_tiles(tiles), without_warnings(), torch.no_grad():
         try:

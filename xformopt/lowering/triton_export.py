@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ def export_kernels(
     *,
     device: str = "cuda",
     sizes: Mapping[str, int] | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> KernelProgram:
     """Export ``program`` with kernels where they take the operands.
 
@@ -64,31 +63,23 @@ def export_kernels(
         program: Of any level.
         device: Where it is to run; on ``cpu`` kernels run under Triton's interpreter.
         sizes: Sizes that the compiler takes as a hint.
-        dtype: What is computed in instead of float32: parameters are stored in it, inputs and outputs stay as they are.
 
     Raises:
-        LoweringError: an attention that no kernel takes, an operator that decides by values what it computes, or
-            positions that ``dtype`` cannot hold.
+        LoweringError: an attention that no kernel takes, or an operator that decides by values what it computes.
         MissingExtraError: Triton is not installed.
 
     """
     require_triton("A program with Triton kernels")
     notes = _Notes({}, {}, {})
-    if dtype != torch.float32:
-        program = replace(program, parameters={name: _cast(x, dtype) for name, x in program.parameters.items()})
     exported = export_program(
         program,
         "AOTInductor",
-        interpreter=lambda module: _Expansion(module, device, notes, dtype),
+        interpreter=lambda module: _Expansion(module, device, notes),
         device=device,
         sizes=sizes,
     )
     forms = {operator: dict(count) for operator, count in sorted(notes.forms.items())}
     return KernelProgram(exported, forms, tuple(notes.refused), notes.trials)
-
-
-def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.to(dtype) if value.dtype == torch.float32 else value
 
 
 @dataclass(frozen=True)
@@ -101,9 +92,9 @@ class _Notes:
 class _Expansion(fx.Interpreter):
     """Runs a Program's graph with kernels; an operator that none takes runs as the operators of its reference."""
 
-    def __init__(self, module: fx.GraphModule, device: str, notes: _Notes, dtype: torch.dtype) -> None:
+    def __init__(self, module: fx.GraphModule, device: str, notes: _Notes) -> None:
         super().__init__(module)
-        self._device, self._notes, self._dtype = device, notes, dtype
+        self._device, self._notes = device, notes
         self._place = ""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -118,26 +109,11 @@ class _Expansion(fx.Interpreter):
                 f"Lower the program for ort-cpu."
             ) from error
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return _cast(super().placeholder(target, args, kwargs), self._dtype)
-
-    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return tuple(x.float() if x.dtype == self._dtype else x for x in super().output(target, args, kwargs))
-
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         operator = find_operator(target)
         if operator is None:
             # a model was captured on the processor
-            changed: dict[str, Any] = {}
-            if kwargs.get("device") is not None:
-                changed["device"] = torch.device(self._device)
-            if kwargs.get("dtype") == torch.float32 != self._dtype:
-                if target.overloadpacket is torch.ops.aten.arange:
-                    raise LoweringError(
-                        f"{self._place} counts in float32, and {self._dtype} cannot hold every position. "
-                        f"Lower the program in float32."
-                    )
-                changed["dtype"] = self._dtype
+            changed = {"device": torch.device(self._device)} if kwargs.get("device") is not None else {}
             return call(target, args, {**kwargs, **changed})
         reason = self._refusal(operator, args, kwargs)
         counted = self._notes.forms.setdefault(operator.name, Counter())
