@@ -33,7 +33,7 @@ from xformopt.evaluation import (
     program_subject,
     score_of,
 )
-from xformopt.files import check_output, staged_file
+from xformopt.files import check_output
 from xformopt.inspection import Inspection, Plan, inspect, passes_of, plan
 from xformopt.lineup import sort_candidates
 from xformopt.lowering.catalog import TUNING_SECONDS
@@ -275,7 +275,9 @@ def export(
         progress=progress,
     )
     if is_file:
-        _write_model(made.artifact, Path(output), overwrite)
+        from xformopt.lowering.onnx_files import copy_onnx
+
+        copy_onnx(made.artifact.model_path, Path(output), overwrite)
     return made.artifact
 
 
@@ -390,16 +392,6 @@ def _documents(report: BenchReport | None) -> dict[str, str]:
     if report is None:
         return {}
     return {"bench.json": json.dumps(report.to_dict(), indent=1) + "\n", "report.html": render([report])}
-
-
-def _write_model(artifact: Artifact, path: Path, overwrite: bool) -> None:
-    """Write the ONNX model of an artifact as a file of any name, with its weights beside it where they are large."""
-    import onnx_ir
-
-    from xformopt.lowering.onnx_files import write_onnx
-
-    with staged_file(path, overwrite) as staged:
-        write_onnx(onnx_ir.load(artifact.model_path), staged)
 
 
 def _as_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ class Sizes:
     causal: bool
     window_left: int
     window_right: int
+    has_log_size: bool = False
 
     @property
     def name(self) -> str:
@@ -41,13 +42,13 @@ class Sizes:
         sizes = [self.B, self.T, self.S, self.heads, self.kv_heads, self.D, self.E]
         hiding = [int(self.has_mask), int(self.causal), self.window_left + 1, self.window_right + 1]
         scale = f"{self.scale:.9g}".translate({ord("."): "p", ord("-"): "m", ord("+"): ""})
-        return "_".join(["attention", *map(str, [*sizes, *hiding]), scale])
+        return "_".join(["attention", *map(str, [*sizes, *hiding]), scale, *(["sizes"] if self.has_log_size else [])])
 
 
 def _accepts(arguments: Mapping[str, Any]) -> Verdict:
     if arguments["q"].dtype != torch.float32:
         return "it is not in fp32"
-    if arguments["bias"] is not None or arguments["key_log_size"] is not None:
+    if arguments["bias"] is not None:
         return "its logits have a bias"
     return None
 
@@ -69,8 +70,15 @@ def _emit(b: Builder, node: TvmNode) -> Any:
         causal=bool(given["causal"]),
         window_left=int(given["window_left"]),
         window_right=int(given["window_right"]),
+        has_log_size=given["key_log_size"] is not None,
     )
-    names = ["q", "k", "v", *(["key_mask"] if sizes.has_mask else [])]
+    names = [
+        "q",
+        "k",
+        "v",
+        *(["key_mask"] if sizes.has_mask else []),
+        *(["key_log_size"] if sizes.has_log_size else []),
+    ]
     width = 2 * b.machine.lanes
     heights = range(min(4, T), min(T, (b.machine.registers - 4) // 2) + 1)
     tile = b.tile(
@@ -83,7 +91,7 @@ def _emit(b: Builder, node: TvmNode) -> Any:
 
 
 def attention(sizes: Sizes, tile: Tile) -> Any:
-    """Return the function of q ``[B, T, heads D]``, k ``[B, S, kv_heads D]``, v ``[B, S, kv_heads E]`` and the mask.
+    """Return the function of q ``[B, T, heads D]``, k ``[B, S, kv_heads D]``, v ``[B, S, kv_heads E]``, and the others.
 
     Keys are laid out anew, ``[B kv_heads, panels, D, columns]``, so that logits are computed along the keys.  Then
     each task takes ``tile.rows`` queries of one head from logits to outputs; its logits, ``[rows, S]``, stay in the
@@ -98,6 +106,7 @@ def attention(sizes: Sizes, tile: Tile) -> Any:
     def body(*buffers: Any) -> None:
         q, k, v = (ir.buffer_proxy(buffer) for buffer in buffers[:3])
         mask, y = ir.buffer_proxy(buffers[3]) if sizes.has_mask else None, ir.buffer_proxy(buffers[-1])
+        log_size = ir.buffer_proxy(buffers[-2]) if sizes.has_log_size else None
         keys = room((B * sizes.kv_heads, panels, D, tile.columns))
         with ir.parallel(0, B * sizes.kv_heads * panels) as part:
             head, panel = part // panels, part % panels
@@ -125,6 +134,8 @@ def attention(sizes: Sizes, tile: Tile) -> Any:
                         s = panel * tile.columns + j
                         kept = None if mask is None else mask[batch, tirx.min(s, S - 1)]
                         logit = sums[i][j] * ir.float32(sizes.scale)
+                        if log_size is not None:
+                            logit = logit + log_size[batch, tirx.min(s, S - 1)]
                         for visible in _conditions(sizes, kept, row + i, s, tile.columns):
                             logit = tirx.Select(visible, logit, ir.float32(_HIDDEN))
                         weights[i, s] = logit
@@ -161,6 +172,7 @@ def _operands(sizes: Sizes) -> list[Any]:
         ("k", (B, S, sizes.kv_heads * sizes.D), "float32"),
         ("v", (B, S, sizes.kv_heads * sizes.E), "float32"),
         *([("mask", (B, S), "bool")] if sizes.has_mask else []),
+        *([("log_size", (B, S), "float32")] if sizes.has_log_size else []),
         ("y", (B, T, sizes.heads * sizes.E), "float32"),
     ]
 

@@ -97,6 +97,7 @@ def test_every_activation_has_a_kernel() -> None:
         {"kv_heads": 2},
         {"has_mask": True},
         {"has_mask": True, "causal": True, "kv_heads": 1},
+        {"has_mask": True, "has_log_size": True},
     ],
     ids=str,
 )
@@ -109,9 +110,11 @@ def test_attention(options: dict[str, Any], rng: torch.Generator) -> None:
     mask = torch.rand(2, 9, generator=rng) > 0.3
     # a sequence without any key
     mask[1] = False
+    sizes_of_keys = torch.randint(0, 3, (2, 9), generator=rng).float().log()
+    given = {"key_log_size": sizes_of_keys} if sizes.has_log_size else {}
     hiding = {name: settings[name] for name in ("causal", "window_left", "window_right", "kv_heads")}
-    expected = reference_attention(q, k, v, mask if sizes.has_mask else None, heads=4, scale=0.45, **hiding)
-    operands = [q.numpy(), k.numpy(), v.numpy(), *([mask.numpy()] if sizes.has_mask else [])]
+    expected = reference_attention(q, k, v, mask if sizes.has_mask else None, heads=4, scale=0.45, **hiding, **given)
+    operands = [q.numpy(), k.numpy(), v.numpy(), *([mask.numpy()] if sizes.has_mask else []), *given.values()]
     found = run(attention(sizes, Tile(4, 8)), (2, 7, 12), *operands)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
     if sizes.has_mask:

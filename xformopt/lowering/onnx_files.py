@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 
 from xformopt.errors import ArtifactError
+from xformopt.files import staged_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["CandidateFolder", "check_external_data", "store_in_half", "write_onnx"]
+__all__ = ["CandidateFolder", "check_external_data", "copy_onnx", "store_in_half", "write_onnx"]
 
 # above this the weights lie beside the graph, where a session maps them instead of copying them
 _SINGLE_FILE_BYTES = 32 << 20
 # smaller tensors stay in the graph: shapes and scalars that a session wants to see while it optimizes
 _KEPT_IN_GRAPH_BYTES = 1 << 10
+
+
+def copy_onnx(model: Path, path: Path, overwrite: bool) -> None:
+    """Write a model as a file of any name, with its weights beside it where they are large."""
+    import onnx_ir as ir
+
+    with staged_file(path, overwrite) as staged:
+        write_onnx(ir.load(model), staged)
 
 
 def write_onnx(model: ir.Model, path: Path) -> list[Path]:
