@@ -254,8 +254,7 @@ def export(
     """
     is_file = Path(output).suffix == ".onnx"
     if is_file and target.startswith(("tvm-", "triton-")):
-        what = "a shared library" if target.startswith("tvm-") else "a package of AOTInductor"
-        raise UsageError(f"The target {target} writes {what}, not ONNX. Name a folder instead of {output}.")
+        raise UsageError(f"The target {target} writes no ONNX. Name a folder instead of {output}.")
     check_output(output, overwrite, marker=None if is_file else "artifact.json")
     made = optimize(
         model,
