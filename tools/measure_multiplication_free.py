@@ -24,6 +24,7 @@ from results_file import FOLDER, ResultsFile
 
 import xformopt as xo
 from xformopt.benchmark import BenchSettings, Candidate, run_bench
+from xformopt.passes import parse_pass
 from xformopt.program import Program
 
 SOURCE = "Horowitz, Computing's energy problem, ISSCC 2014, figure 1.1.9: 45 nm, 0.9 V, picojoules of one operation"
@@ -79,7 +80,7 @@ def measure_layer(rows: int, inputs: int, outputs: int, rounds: int) -> dict[str
     candidates = []
     with tempfile.TemporaryDirectory() as folder:
         for form, text in FORMS.items():
-            program = plain if text is None else xo.Pipeline([text]).run(plain).program
+            program = plain if text is None else xo.Pipeline([parse_pass(text)]).run(plain).program
             # ONNX Runtime has no product by shifts: there the weights are multiplied with
             for target in ("tvm-cpu", "ort-cpu") if form != "shift" else ("tvm-cpu",):
                 name = f"{form} {target}"
