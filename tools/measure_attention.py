@@ -7,6 +7,7 @@ The reference models at full size, and small random models of further families (
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def models() -> Iterator[tuple[str, str, int, torch.nn.Module, dict[str, torch.T
 
 def main() -> None:
     """Count, print and write."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     rows = []
     for name, how, layers, module, inputs, axes in models():
         lifted = xo.Pipeline().run(xo.capture(module, inputs, axes)).program

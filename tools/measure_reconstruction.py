@@ -9,6 +9,7 @@ images that were not seen, says that the training works, not what accuracy it ke
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -32,6 +33,7 @@ METHODS = {"nearest": "quantize-weights{bits=4,group=32}", "adaround": "adaround
 
 def main() -> None:
     """Run both and compare what comes out."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(THREADS)
     model, inputs = REFERENCE[MODEL][0]()
     program = Pipeline.recipe("exact").run(xo.capture(model, inputs, dynamic_axes(MODEL, inputs))).program

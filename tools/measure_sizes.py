@@ -8,6 +8,7 @@ Weights are random: sizes do not depend on them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -33,6 +34,7 @@ MADE = {
 
 def main() -> None:
     """Lower each and add up its files."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     model, inputs = REFERENCE[MODEL][0]()
     program = xo.capture(model, inputs, dynamic_axes(MODEL, inputs))
     rows: dict[str, dict[str, float]] = {}

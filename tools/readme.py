@@ -5,6 +5,7 @@ python tools/readme.py           rewrites README.md from tools/results/{exact,in
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -130,6 +131,7 @@ def fill(text: str, part: str, content: str) -> str:
 
 def main() -> None:
     """Rewrite README.md."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     captured = xo.capture("minilm")
     optimized = xo.Pipeline.recipe("exact").run(captured).program
     path = ROOT / "README.md"

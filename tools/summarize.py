@@ -5,6 +5,7 @@ python tools/summarize.py           rewrites it from tools/results/*.json, whate
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -202,6 +203,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 
 def main() -> None:
     """Write the page."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     parts = ["# Results", "Written by `tools/summarize.py` from the JSON beside it; the programs that measure say how."]
     for name, (title, describe) in SECTIONS.items():
         path = RESULTS / f"{name}.json"
