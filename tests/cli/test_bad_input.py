@@ -130,7 +130,7 @@ def test_parameters_that_are_not_finite(factory: str, refused: Refused) -> None:
         (["--pass", "canonicalize{"], "is not a pass"),
         (["--recipe", "exakt"], 'Did you mean "exact"'),
         (["--recipe", "absent.toml"], "cannot be read"),
-        (["--precision", "int3"], "Available: exact"),
+        (["--precision", "int3"], "Available: bf16, exact"),
         (["--precision", "fp32", "--recipe", "exact"], "Give one of them"),
         (["--target", "ort-gpu"], 'Did you mean "ort-cpu"'),
         (["--target", "eager"], "baseline to compare with"),

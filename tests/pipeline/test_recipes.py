@@ -91,7 +91,7 @@ def refuse(name: str | Path, *fragments: str) -> None:
 
 
 def test_unknown_recipe_names_the_nearest_and_all() -> None:
-    refuse("exakt", 'no recipe "exakt"', 'mean "exact"', "Available: exact")
+    refuse("exakt", 'no recipe "exakt"', 'mean "exact"', "Available: bf16, exact")
 
 
 def test_a_precision_without_a_recipe() -> None:
