@@ -91,12 +91,16 @@ def measure_layer(rows: int, inputs: int, outputs: int, rounds: int) -> dict[str
         reference = {name: value.detach().numpy() for name, value in plain.run(plain_inputs(plain)).items()}
         settings = BenchSettings(threads=THREADS, rounds=rounds, over="fp32 tvm-cpu", profile_rounds=0)
         report = run_bench(candidates, arrays, reference, settings=settings, source="one linear layer")
+    bench = report.to_dict()
+    for run in bench["runs"]:
+        # thousands, of which the medians and intervals are beside them
+        del run["samples_ms"]
     energy = {form: picojoules(form, rows, inputs, outputs) / 1e6 for form in FORMS}
     return {
         "rows, inputs, outputs": [rows, inputs, outputs],
         "microjoules": {form: round(value, 3) for form, value in energy.items()},
         "energy_over_fp32": {form: round(value / energy["fp32"], 4) for form, value in energy.items()},
-        "bench": report.to_dict(),
+        "bench": bench,
     }
 
 
