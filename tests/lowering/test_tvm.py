@@ -67,7 +67,7 @@ def test_kernels_took_what_they_can(folder: Path) -> None:
 def test_integer_products(encoder: Program, target: str, static: bool) -> None:
     """Layers of 8-bit integers run as such, whether their range is calibrated or taken."""
     if not tvm_build.runs_here(target):
-        pytest.skip("needs AVX2")
+        pytest.skip("needs AVX2")  # the library is made for it, and another processor stops at its first instruction
     quantize: Pass = QuantizeStatic() if static else QuantizeDynamic()
     batches = [reference_inputs(encoder, SIZES, seed=seed) for seed in range(2)]
     program = Pipeline([quantize]).run(encoder, calibration=batches).program

@@ -10,6 +10,7 @@ import torch
 
 from xformopt.errors import ArtifactError
 from xformopt.files import staged_file
+from xformopt.program.text import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,7 +58,7 @@ def store_in_half(model: ir.Model, dtype: torch.dtype) -> None:
         narrow = weight.to(dtype)
         if not torch.equal(narrow.float(), weight):
             continue
-        own = f"{name}.{str(dtype).removeprefix('torch.')}"
+        own = f"{name}.{DTYPE_NAMES[dtype]}"
         kept = tensor_adapters.TorchTensor(narrow, name=own)
         stored = ir.Value(name=own, shape=value.shape, type=ir.TensorType(kept.dtype), const_value=kept)
         cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})

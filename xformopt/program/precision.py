@@ -13,6 +13,7 @@ from torch import fx
 
 from xformopt.program.interpret import infer_value
 from xformopt.program.program import Program
+from xformopt.program.text import DTYPE_NAMES
 
 __all__ = ["HALF_PRECISIONS", "convert_precision", "numpy_interface", "widened"]
 
@@ -104,7 +105,7 @@ class _Conversion:
         types = dict.fromkeys(self._taken(node, reader) for reader in node.users)
         for dtype in types:
             value = self.old.parameters[name]
-            own = name if len(types) == 1 or dtype == before else f"{name}.{_short(self.to)}"
+            own = name if len(types) == 1 or dtype == before else f"{name}.{DTYPE_NAMES[self.to]}"
             weight = self._copy(node)
             if dtype != before:
                 assert dtype is not None
@@ -192,7 +193,3 @@ def _saturated(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if limit >= torch.finfo(value.dtype).max:
         return value.to(dtype)
     return torch.where(value.isinf(), value, value.clamp(-limit, limit)).to(dtype)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
