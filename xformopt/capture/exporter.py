@@ -115,6 +115,8 @@ def _plain_modules() -> Iterator[None]:
         with warnings.catch_warnings():
             # caches that a module fills while it runs
             warnings.filterwarnings("ignore", message=".*assigned during export")
+            # torch's exporter copies what torch itself deprecates
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
