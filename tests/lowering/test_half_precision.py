@@ -92,6 +92,16 @@ def test_activations_are_recognized_in_16_bits(dtype: torch.dtype, block: Block)
     assert "{function=gelu}" in str(result.program)
 
 
+@pytest.mark.parametrize("recipe", ["int8", "int8-static", "int4"])
+def test_float64_is_not_quantized_and_the_reason_is_told(recipe: str) -> None:
+    given = x(torch.float64)
+    program = xo.capture(Block(activation=nn.ReLU).double().eval(), {"x": given})
+    result = Pipeline.recipe(recipe).run(program, calibration=[{"x": given}])
+    reasons = [reason for record in result.history for reason, _ in record.rejected]
+    assert any("convert-precision{to=fp32}" in reason for reason in reasons)
+    assert xo.lower(result.program, measure=False).run(x=given.numpy())
+
+
 def test_float64_runs_where_the_target_has_it_and_is_told_what_helps_elsewhere() -> None:
     torch.manual_seed(0)
     block, given = Block(activation=nn.ReLU).double().eval(), x(torch.float64)

@@ -61,6 +61,8 @@ def quantize_layers(
             return Reject("it is named in skip")
         if node.name in kept:
             return Reject(kept[node.name])
+        if value_of(node).dtype == torch.float64:
+            return Reject("no runtime quantizes float64: run convert-precision{to=fp32} before this pass")
         parts = linear_parts(editor, node)
         if isinstance(parts, Reject):
             return parts
