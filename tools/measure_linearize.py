@@ -1,6 +1,6 @@
 """What linear attention costs and keeps: trained models, linearized, before and after at most ten minutes of recovery.
 
-    python tools/measure_linearize.py [--minutes N] [--samples N] [--methods A,B] [MODEL ...]
+    python tools/measure_linearize.py [--minutes N] [--samples N] [--method NAME ...] [MODEL ...]
                                                                         writes tools/results/linearize.json
 
 For every model and method: the task's metric of the original, of the linearized model as it is, and of the same after
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--minutes", type=float, default=10.0, help="of recovery")
     parser.add_argument("--samples", type=int, default=2000, help="items to learn from")
-    parser.add_argument("--methods", help="names of methods, with commas between them")
+    parser.add_argument("--method", action="append", help="one of the methods; all where none is named")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the file of results")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.models if name not in MODELS]:
@@ -196,10 +196,12 @@ def main(arguments: Sequence[str]) -> None:
     results = ResultsFile(given.output, "xformopt/linearize/1")
     for name in given.models or [name for name in MODELS if name not in results.entries()]:
         methods, options = MODELS[name]
-        chosen = given.methods.split(",") if given.methods else list(methods)
-        picked = {method: value for method, value in methods.items() if method in chosen}
+        picked = {method: value for method, value in methods.items() if method in (given.method or methods)}
         subject = subject_of(name, given.samples, given.minutes)
-        results.put(name, measure(subject, picked, options))
+        found = measure(subject, picked, options)
+        # methods that were not asked for keep what the file says of them
+        known = results.entries().get(name, {}).get("methods", {}) if given.method else {}
+        results.put(name, {**found, "methods": {**known, **found["methods"]}})
 
 
 if __name__ == "__main__":

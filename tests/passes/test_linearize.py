@@ -275,3 +275,15 @@ def test_without_calibration_data(llama: Program) -> None:
 def test_options_are_checked(text: str) -> None:
     with pytest.raises(UsageError):
         parse_pass(text)
+
+
+def test_the_longest_input_decides_what_a_form_can_do_and_the_usual_one_what_pays() -> None:
+    program = Program.parse(
+        'program "m" lifted\ndim batch in [1, inf]\ndim length in [1, 512]\n'
+        "input %x: f32[batch,length,8]\n"
+        "%y: f32[batch,length,8] = xf.attention(%x, %x, %x) {heads=2, kv_heads=2, scale=0.5}\nreturn y=%y\n"
+    )
+    short, long = ({"x": torch.randn(2, length, 8)} for length in (30, 100))
+    assert run("linearize-liger", program, [short, short, long], force=True).changed
+    refused = run("linearize-liger", program, [short, short], force=True)
+    assert "30 tokens lie within one window" in refused.rejected[0].reason

@@ -147,10 +147,11 @@ class Linearization(Pass):
             if isinstance(found, Reject):
                 reasons[node.name] = found.reason
                 continue
-            length = statistics.median_low([found.length(program, sizes) for sizes in lengths])
-            reason = self._reason(found, length, program, context)
+            tokens = [found.length(program, sizes) for sizes in lengths]
+            # what a form can do at all, the longest input decides; what pays, the usual one
+            reason = self._reason(found, max(tokens), program, context)
             if reason is None and not self.force:
-                reason = crossover.refusal(found, length)
+                reason = crossover.refusal(found, statistics.median_low(tokens))
             if reason is None:
                 sites.append(found)
             else:
