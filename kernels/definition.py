@@ -35,6 +35,7 @@ class Operator:
         flops: Floating-point operations, one multiply-add = 2, from (fake or real) arguments; may be symbolic.
         level: ``lifted`` where a paper would draw one box, ``target`` for fused, packed and quantized forms.
         has_data_sizes: Whether the result has sizes that depend on data (at most the first operand's elements).
+        needs_float32: Whether 16 bits ruin it: decays are multiplied over thousands of steps, and 0.999 would be 1.
 
     """
 
@@ -45,6 +46,7 @@ class Operator:
     flops: Callable[..., Any]
     level: Literal["lifted", "target"] = "lifted"
     has_data_sizes: bool = False
+    needs_float32: bool = False
 
     @property
     def overload(self) -> torch._ops.OpOverload:

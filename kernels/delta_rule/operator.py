@@ -34,4 +34,5 @@ OPERATOR = Operator(
     reference=delta_rule,
     infer=_infer,
     flops=_flops,
+    needs_float32=True,
 )

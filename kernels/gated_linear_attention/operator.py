@@ -34,4 +34,5 @@ OPERATOR = Operator(
     reference=gated_linear_attention,
     infer=_infer,
     flops=_flops,
+    needs_float32=True,
 )

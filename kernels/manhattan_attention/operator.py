@@ -54,4 +54,5 @@ OPERATOR = Operator(
     reference=manhattan_attention,
     infer=_infer,
     flops=_flops,
+    needs_float32=True,
 )

@@ -35,4 +35,5 @@ OPERATOR = Operator(
     reference=rwkv,
     infer=_infer,
     flops=_flops,
+    needs_float32=True,
 )

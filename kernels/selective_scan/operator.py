@@ -36,4 +36,5 @@ OPERATOR = Operator(
     reference=selective_scan,
     infer=_infer,
     flops=_flops,
+    needs_float32=True,
 )

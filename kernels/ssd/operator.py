@@ -61,4 +61,5 @@ OPERATOR = Operator(
     reference=ssd,
     infer=_infer,
     flops=_flops,
+    needs_float32=True,
 )

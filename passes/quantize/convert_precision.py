@@ -34,16 +34,6 @@ aten = torch.ops.aten
 _TYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WAVES = (aten.sin.default, aten.cos.default)
 _COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
-# the decay of a step is multiplied over thousands of them
-_RECURRENCES = (
-    "retention",
-    "gated_linear_attention",
-    "selective_scan",
-    "ssd",
-    "rwkv",
-    "manhattan_attention",
-    "delta_rule",
-)
 # layers that are no operators of the dialect
 _LAYERS = (aten.embedding.default, aten.convolution.default)
 
@@ -74,7 +64,7 @@ class ConvertPrecision(Pass):
         to = _TYPES[self.to]
         kept = _behind_waves(program)
         kept |= {node: "it counts" for node in program.nodes() if is_call(node, *_COUNTS)}
-        kept |= {node: "it multiplies decays" for node in program.nodes() if _is_recurrent(node)}
+        kept |= {node: "it multiplies decays" for node in program.nodes() if _needs_float32(node)}
         kept |= {node: "it is quantized" for node in program.nodes() if _is_quantized(program, node)}
         kept |= {node: "skip names it" for node in program.nodes() if self._is_skipped(node)}
         rejected = tuple(Rejected(self.name, path_of(node), node.name, why) for node, why in kept.items())
@@ -110,9 +100,9 @@ def _is_layer(node: fx.Node) -> bool:
     return find_operator(node.target) is not None or is_call(node, *_LAYERS)
 
 
-def _is_recurrent(node: fx.Node) -> bool:
+def _needs_float32(node: fx.Node) -> bool:
     operator = find_operator(node.target)
-    return operator is not None and operator.name in _RECURRENCES
+    return operator is not None and operator.needs_float32
 
 
 def _is_quantized(program: Program, node: fx.Node) -> bool:
