@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,14 @@ def plan(
 def passes_of(recipe: str | Path | None, passes: Iterable[str | Pass] = ()) -> tuple[Pass, ...]:
     """Return the passes of a recipe (None: of none) with further ones appended.
 
+    Further ones that belong before fusion, up to the first that does not, run ahead of the recipe's passes that fuse.
+
     Raises:
         UsageError: a recipe, a pass or an option does not exist.
 
     """
-    further = tuple(parse_pass(item) if isinstance(item, str) else item for item in passes)
-    return (*(load_recipe(recipe) if recipe is not None else ()), *further)
+    further = [parse_pass(item) if isinstance(item, str) else item for item in passes]
+    known = load_recipe(recipe) if recipe is not None else ()
+    lifted = tuple(takewhile(lambda step: step.leaves != Level.TARGET, known))
+    early = tuple(takewhile(lambda step: step.before_fusion, further))
+    return (*lifted, *early, *known[len(lifted) :], *further[len(early) :])

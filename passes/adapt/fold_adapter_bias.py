@@ -31,6 +31,7 @@ __all__ = ["FoldAdapterBias"]
 class FoldAdapterBias(RewritePass):
     """Make shifts along one vector part of the weight and bias behind which they are added."""
 
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Fu et al., AdapterBias, arXiv 2205.00305, section 3.2",)
 
     def rules(self, program: Program, context: Context) -> Sequence[Rule]:

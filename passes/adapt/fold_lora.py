@@ -32,6 +32,7 @@ __all__ = ["FoldLora"]
 class FoldLora(RewritePass):
     """Make LoRA branches part of the weights that they adapt."""
 
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Hu et al., LoRA, arXiv 2106.09685, section 4.1",
         "Kopiczko et al., VeRA, arXiv 2310.11454, equation 2 (vectors between the matrices)",

@@ -38,6 +38,7 @@ _NORMS = (xf.layer_norm, xf.rms_norm)
 class FoldParallelAdapters(RewritePass):
     """Make adapters that stand beside an FFN units of it."""
 
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Chen et al., AdaptFormer, arXiv 2205.13535, section 3.2",)
 
     def rules(self, program: Program, context: Context) -> Sequence[Rule]:

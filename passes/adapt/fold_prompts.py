@@ -39,6 +39,7 @@ _SIZES = (2, 5)
 class FoldPrompts(RewritePass):
     """Make keys and values of learned prompts constants, with their gates."""
 
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Zhang et al., LLaMA-Adapter, arXiv 2303.16199, section 3.2",)
 
     def rules(self, program: Program, context: Context) -> Sequence[Rule]:

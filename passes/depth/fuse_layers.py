@@ -58,6 +58,7 @@ class FuseLayers(Pass):
     minutes: float | None = 10.0
 
     effect: ClassVar[Effect] = "tuned"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Pei et al., FuseGPT, arXiv 2411.14507",)
 
     def __post_init__(self) -> None:

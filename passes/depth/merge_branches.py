@@ -42,6 +42,7 @@ _Part = TypeVar("_Part")
 class MergeBranches(RewritePass):
     """Make one branch of several that are added up, by adding or by concatenating their matrices."""
 
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Zhou et al., Rethinking Vision Transformer Depth via Structural Reparameterization, arXiv 2511.19718",
         "Touvron et al., Three things everyone should know about Vision Transformers, arXiv 2203.09795",

@@ -56,6 +56,7 @@ class ParallelizeLayers(Pass):
     merge: bool = True
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Touvron et al., Three things everyone should know about Vision Transformers, arXiv 2203.09795",
     )

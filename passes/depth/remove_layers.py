@@ -39,6 +39,7 @@ class RemoveLayers(Pass):
     most: float = 2.0
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Pei et al., FuseGPT, arXiv 2411.14507 (Macro Influence)",)
 
     def __post_init__(self) -> None:

@@ -57,6 +57,7 @@ class ShareLayers(Pass):
     minutes: float | None = 10.0
 
     effect: ClassVar[Effect] = "tuned"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Bae et al., Relaxed Recursive Transformers, arXiv 2410.20672",)
 
     def __post_init__(self) -> None:

@@ -45,6 +45,7 @@ class ApplyGreenformers(Pass):
     iterations: int = 400
 
     effect: ClassVar[Effect] = "tuned"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Cahyawijaya, Greenformers, arXiv 2108.10808",)
 
     def __post_init__(self) -> None:

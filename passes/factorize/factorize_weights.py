@@ -72,6 +72,7 @@ class FactorizeWeights(Pass):
     skip: tuple[str, ...] = ()
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Wang et al., SVD-LLM, arXiv 2403.07378, section 3.1 (whitening by the Cholesky factor)",
         "Yuan et al., ASVD, arXiv 2312.05821 (activation-aware SVD, sensitivity of layers)",

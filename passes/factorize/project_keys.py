@@ -50,6 +50,7 @@ class ProjectKeys(Pass):
     minutes: float | None = 10.0
 
     effect: ClassVar[Effect] = "tuned"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Wang et al., Linformer, arXiv 2006.04768, section 4",)
 
     def __post_init__(self) -> None:

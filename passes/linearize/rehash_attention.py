@@ -52,6 +52,7 @@ class RehashAttention(RewritePass):
     neighbours: int = 10
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Liu et al., EcoFormer, NeurIPS 2022, arXiv 2209.09004",)
 
     def __post_init__(self) -> None:

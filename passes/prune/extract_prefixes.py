@@ -25,7 +25,7 @@ from xformopt.errors import PassError
 from xformopt.passes.answers import answer_of
 from xformopt.passes.budgets import used
 from xformopt.passes.prune.support.importance import require_batches
-from xformopt.passes.prune.support.removal import remove_units
+from xformopt.passes.prune.support.removal import refuse_fused, remove_units
 from xformopt.pipeline import Context, Effect, Pass, PassResult
 from xformopt.program import Program, interpret
 
@@ -52,6 +52,7 @@ class ExtractPrefixes(Pass):
     grid: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Devvrit et al., MatFormer, arXiv 2310.07707",)
 
     def __post_init__(self) -> None:
@@ -62,6 +63,7 @@ class ExtractPrefixes(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Check that the units are nested, then take the largest model within the budget."""
+        refuse_fused(program, self.name)
         require_batches(context.calibration)
         groups = [g for g in find_groups(program, "hidden") if g.pinned is None and g.consumers]
         if not groups:

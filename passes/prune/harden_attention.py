@@ -47,6 +47,7 @@ class HardenAttention(RewritePass):
     layers: tuple[str, ...] = ()
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Nagarajan et al., AxFormer, arXiv 2010.03688",)
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from xformopt.errors import PassError
 from xformopt.passes.answers import answer_of
 from xformopt.passes.budgets import used
 from xformopt.passes.prune.support.importance import require_batches
-from xformopt.passes.prune.support.removal import remove_units
+from xformopt.passes.prune.support.removal import refuse_fused, remove_units
 from xformopt.passes.prune.support.unit_scores import score_units
 from xformopt.passes.sublayers import find_sublayers, remove_sublayers
 from xformopt.pipeline import Context, Effect, Pass, PassResult
@@ -56,6 +56,7 @@ class PruneByScore(Pass):
     parts: int = 4
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Nagarajan et al., AxFormer, arXiv 2010.03688",)
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class PruneByScore(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Try every element once, each on what the accepted removals have left."""
+        refuse_fused(program, self.name)
         require_batches(context.calibration)
         judge = context.score or _agreement(program, context)
         search = _Search(program, judge, self.tolerance)

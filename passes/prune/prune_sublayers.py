@@ -53,6 +53,7 @@ class PruneSublayers(Pass):
     reconstruct: bool = True
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Pei et al., FuseGPT, arXiv 2411.14507 (greedy order)",)
 
     def __post_init__(self) -> None:

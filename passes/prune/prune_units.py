@@ -23,7 +23,7 @@ from xformopt.errors import PassError
 from xformopt.passes.budgets import Budget, used
 from xformopt.passes.least_squares import refit
 from xformopt.passes.prune.support.importance import Importance, Scores
-from xformopt.passes.prune.support.removal import remove_units
+from xformopt.passes.prune.support.removal import refuse_fused, remove_units
 from xformopt.passes.prune.support.unit_scores import score_units
 from xformopt.passes.prune.support.unit_selection import Allocation, Selection, meet_budget, unit_costs
 from xformopt.pipeline import Context, Effect, Pass, PassResult
@@ -59,6 +59,7 @@ class PruneUnits(Pass):
     together: int = 1
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Khaki and Plataniotis, OPTIN, arXiv 2403.17921",
         "Sun et al., Wanda, arXiv 2306.11695",
@@ -80,6 +81,7 @@ class PruneUnits(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Score the units, choose those that go, remove them and refit what reads the rest."""
+        refuse_fused(program, self.name)
         groups, rejected = self._candidates(program)
         scores, silent = self._scores(program, groups, context)
         rejected += silent

@@ -97,6 +97,7 @@ class RecoverAccuracy(Pass):
     iterations: int = 5000
 
     effect: ClassVar[Effect] = "tuned"
+    before_fusion: ClassVar[bool] = True
     aims_at_time: ClassVar[bool] = False
     recovers: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (

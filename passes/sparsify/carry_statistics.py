@@ -65,6 +65,7 @@ class CarryStatistics(Pass):
     reshape: bool = True
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Chen et al., Re-ttention, NeurIPS 2025, arXiv 2505.22918",)
 
     def __post_init__(self) -> None:

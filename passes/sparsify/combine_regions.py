@@ -41,6 +41,7 @@ class CombineRegions(RewritePass):
     block: int = 32
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Ren et al., Combiner, NeurIPS 2021, arXiv 2107.05768",)
 
     def __post_init__(self) -> None:

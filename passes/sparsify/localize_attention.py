@@ -57,6 +57,7 @@ class LocalizeAttention(Pass):
     full: int | None = None
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Zhang et al., MASFormer, arXiv 2310.12442",)
 
     def __post_init__(self) -> None:

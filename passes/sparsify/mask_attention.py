@@ -74,6 +74,7 @@ class MaskAttention(RewritePass):
     score: Literal["amplified", "mass", "answer"] = "answer"
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Zhang et al., DAM: Dynamic Attention Mask, arXiv 2506.11104",)
 
     def __post_init__(self) -> None:

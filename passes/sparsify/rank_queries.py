@@ -62,6 +62,7 @@ class RankQueries(RewritePass):
     causal: bool = False
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Zhou et al., Informer, AAAI 2021, arXiv 2012.07436",)
 
     def __post_init__(self) -> None:

@@ -52,6 +52,7 @@ class RefineAttention(RewritePass):
     coarse: bool = True
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Zeng et al., Multi Resolution Analysis (MRA) for Approximate Self-Attention, arXiv 2207.10284",
     )

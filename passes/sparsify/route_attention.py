@@ -67,6 +67,7 @@ class RouteAttention(RewritePass):
     causal: bool = False
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Roy et al., Routing Transformer, TACL 2021, arXiv 2003.05997",)
 
     def __post_init__(self) -> None:

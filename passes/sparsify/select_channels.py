@@ -39,6 +39,7 @@ class SelectChannels(RewritePass):
     """Mix channels by their largest products alone, at several shares, weighted."""
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Chen et al., DRSformer, CVPR 2023, arXiv 2303.11950",)
 
     def run(self, program: Program, context: Context) -> PassResult:

@@ -43,6 +43,7 @@ class GateTokens(Pass):
     """Put token gates and buffers around linear layers, with their state as inputs and outputs."""
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Dutson et al., Eventful Transformers, arXiv 2308.13494, section 4.1 (token-wise operators, top-r policy)",
     )

@@ -55,6 +55,7 @@ class ResizePatches(Pass):
     bank: str | None = None
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = (
         "Beyer et al., FlexiViT, arXiv 2212.08013, section 3.4 and appendix A",
         "Liu et al., MSPE, arXiv 2405.18240",

@@ -69,6 +69,13 @@ def test_a_budget_is_met_and_the_artifact_agrees(importance: str, encoder: Progr
     assert distance(result.program.run(batches[0])["logits"], found) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["prune-units", "extract-prefixes", "prune-by-score"])
+def test_fused_layers_hide_what_is_to_be_pruned(name: str, encoder: Program, batches: list[Batch]) -> None:
+    fused = Pipeline.recipe("exact").run(encoder).program
+    with pytest.raises(PassError, match=r"has fused layers \(.*cannot see"):
+        run(name, fused, batches)
+
+
 @pytest.mark.parametrize("allocation", ["global", "layerwise"])
 def test_parameters_are_a_budget_too(allocation: str, encoder: Program) -> None:
     result = run("prune-units", encoder, [], remove=0.2, budget="parameters", importance="magnitude",

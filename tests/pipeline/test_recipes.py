@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from xformopt.errors import UsageError
+from xformopt.inspection import passes_of
 from xformopt.pipeline import Context, Pass, PassResult, Pipeline
 from xformopt.pipeline.recipes import list_recipes, load_recipe, save_recipe
 from xformopt.program import Program
@@ -104,6 +105,16 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_a_directory(tmp_path: Path) -> None:
     refuse(tmp_path, "directory")
+
+
+def test_what_looks_at_layers_one_by_one_goes_ahead_of_those_that_fuse() -> None:
+    recipe = [step.name for step in load_recipe("exact")]
+    at = recipe.index("fuse-bias-activation")
+    structural, rest = ["prune-units", "recover-accuracy"], ["quantize-dynamic", "prune-sublayers", "fold-scale"]
+    found = [step.name for step in passes_of("exact", structural + rest)]
+    assert found == [*recipe[:at], *structural, *recipe[at:], *rest]
+    assert [step.name for step in passes_of("exact", rest)] == [*recipe, *rest]
+    assert [step.name for step in passes_of(None, rest)] == rest
 
 
 def test_not_text(tmp_path: Path) -> None:

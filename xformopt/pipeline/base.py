@@ -65,12 +65,15 @@ class Pass(ABC):
 
     A pass that is right only under a fact about the inputs lists it in ``assumptions``, and refuses unless it is
     stated.  A lossy pass that does not aim at time is not asked for any.  One that ``recovers`` brings the program back
-    towards the original: the passes before it may go over the budget of drift, which is judged behind it.
+    towards the original: the passes before it may go over the budget of drift, which is judged behind it.  One that
+    looks at layers one by one belongs ``before_fusion``: appended to a recipe, it runs ahead of the passes that fuse
+    them.
     """
 
     effect: ClassVar[Effect] = "exact"
     aims_at_time: ClassVar[bool] = True
     recovers: ClassVar[bool] = False
+    before_fusion: ClassVar[bool] = False
     takes: ClassVar[Level] = Level.LIFTED
     leaves: ClassVar[Level] = Level.LIFTED
     sources: ClassVar[tuple[str, ...]] = ()

@@ -180,6 +180,7 @@ class FittedLinearization(Linearization):
     rate: float = 1e-2
 
     effect: ClassVar[Effect] = "tuned"
+    before_fusion: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

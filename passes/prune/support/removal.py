@@ -13,10 +13,28 @@ from xformopt.analysis.coupling import Group
 from xformopt.errors import PassError
 from xformopt.match import arguments, is_call, xf
 from xformopt.program import Program, infer_value, path_of
+from xformopt.program.text import target_name
 
-__all__ = ["remove_units"]
+__all__ = ["refuse_fused", "remove_units"]
 
 aten = torch.ops.aten
+_FUSED = (xf.linear_activation, xf.add_layer_norm, xf.add_rms_norm)
+
+
+def refuse_fused(program: Program, what: str) -> None:
+    """Raise PassError where layers are fused: which channels run through them is not seen, and others would have to go.
+
+    Args:
+        program: What is to be pruned.
+        what: The name of the pass.
+
+    """
+    fused = {target_name(node.target) for node in program.nodes() if is_call(node, *_FUSED)}
+    if fused:
+        raise PassError(
+            f"The program {program.name!r} has fused layers ({', '.join(sorted(fused))}), whose units {what} cannot "
+            f"see. Run the pass before those that fuse, as --pass does."
+        )
 
 
 def remove_units(program: Program, kept: Mapping[Group, torch.Tensor]) -> Program:

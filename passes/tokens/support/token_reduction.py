@@ -42,6 +42,7 @@ class TokenReduction(Pass):
     prefix: int | None = None
 
     effect: ClassVar[Effect] = "approximate"
+    before_fusion: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.r is not None and self.r < 0:
