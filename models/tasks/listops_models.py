@@ -74,10 +74,13 @@ class ListEncoder(nn.Module):
 
 
 def _depth(ids: torch.Tensor) -> torch.Tensor:
-    """Return in how many lists each token lies, ``[B, T]``; brackets lie in their own, padding in none."""
+    """Return in how many lists each token lies, ``[B, T]``; brackets lie in their own, padding in none.
+
+    Tokens that are no expression have depths, too: as far as there are levels.
+    """
     closes = (ids == CLOSE).long()
     opens = ((ids >= FIRST_OPERATOR) & (ids < CLOSE)).long()
-    return (opens - closes).cumsum(1) + closes
+    return ((opens - closes).cumsum(1) + closes).clamp(0, DEEPEST)
 
 
 def _model() -> nn.Module:
