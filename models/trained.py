@@ -33,11 +33,11 @@ class Trained:
         train: Trains a fresh module: ``train(module, fold, progress)``; deterministic.
         sources: The publications that define the architecture.
         summary: One line for a listing.
-        folds: How many checkpoints there are, each trained without one fold of the task's data.
+        folds: How many checkpoints there are, each trained without one fold of the task's data; a single one without
+            the first.
         fold: Which of them this is; the part of the data it has not seen.
         tolerance: How far the metric of a model trained again, over all folds, may lie from that of the checkpoints; by
             default half a point of accuracy.
-        released: Whether its checkpoints are part of the package; until they are, only ``tools/train.py`` finds it.
 
     """
 
@@ -50,7 +50,6 @@ class Trained:
     folds: int = 1
     fold: int = 0
     tolerance: float = 0.005
-    released: bool = True
 
     @property
     def label(self) -> str:

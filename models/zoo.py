@@ -32,13 +32,9 @@ def architectures() -> dict[str, Architecture]:
     return dict(sorted(found.items()))
 
 
-def trained() -> dict[str, Trained]:
-    """Return all trained models whose checkpoints are here by name, in alphabetical order."""
-    return {name: model for name, model in _declared().items() if model.released}
-
-
 @cache
-def _declared() -> dict[str, Trained]:
+def trained() -> dict[str, Trained]:
+    """Return all trained models by name, in alphabetical order."""
     found: dict[str, Trained] = {}
     for task in _modules(f"{_PACKAGE}.tasks"):
         for model in getattr(task, "TRAINED", ()):
@@ -90,15 +86,15 @@ def find_architecture(name: str) -> Architecture:
 
 
 def find_trained(name: str) -> Trained:
-    """Return one trained model, released or not, without its checkpoint being read.
+    """Return one trained model, without its checkpoint being read.
 
     Raises:
         UsageError: there is none of this name; the message has the near ones.
 
     """
-    if name not in _declared():
-        raise UsageError(f"There is no trained model {name!r}. {_near(name, tuple(_declared()))}")
-    return _declared()[name]
+    if name not in trained():
+        raise UsageError(f"There is no trained model {name!r}. {_near(name, tuple(trained()))}")
+    return trained()[name]
 
 
 def _modules(package: str) -> Iterator[ModuleType]:

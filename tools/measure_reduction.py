@@ -66,6 +66,12 @@ TECHNIQUES = {
     "layers side by side": "parallelize-layers",
     "recursive, two layers": "share-layers{layers=2,minutes=1.0}",
 }
+# models trained to be made smaller, and what each was trained for
+TRAINED_FOR = {
+    "digits-matformer": {f"prefixes, {share:.0%}": f"extract-prefixes{{remove={share}}}" for share in (0.2, 0.4, 0.5)},
+    "digits-flexivit": {f"patches of {side}": f"resize-patches{{patch={side}}}" for side in (8, 16)},
+    **{f"digits-joined{depth}": {"merged branches": "merge-branches"} for depth in (6, 4, 3)},
+}
 # removal at real sizes: what is removed does not change the time, so the cheapest importance stands for all
 AT_SIZE = (
     "magnitude 40%",
@@ -219,6 +225,8 @@ def reduce(subject: Subject, text: str, folder: Path, flops: float) -> dict[str,
 
 def techniques_of(name: str) -> dict[str, str]:
     """Return the passes to measure on a model."""
+    if name in TRAINED_FOR:
+        return TRAINED_FOR[name]
     if name in SIZE_MODELS:
         return {technique: TECHNIQUES[technique] for technique in AT_SIZE}
     return {
@@ -246,7 +254,7 @@ def timings(subject: Subject, candidates: Sequence[Candidate]) -> dict[str, dict
 
 def main() -> None:
     """Measure the models named on the command line anew, or what is missing of all."""
-    every = (*TASK_MODELS, *SIZE_MODELS)
+    every = (*TASK_MODELS, *TRAINED_FOR, *SIZE_MODELS)
     if unknown := [name for name in sys.argv[1:] if name not in every]:
         sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(every)}.")
     for name in sys.argv[1:] or every:

@@ -45,7 +45,7 @@ def lesson(module: nn.Module, fold: int, progress: Callable[[str, int, int], Non
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
     found = Trained("digits-linear", "digits", Linear, lesson, ("none",), "a linear layer", folds=5)
     monkeypatch.setattr(trained_module, "CHECKPOINTS", tmp_path)
-    monkeypatch.setattr(zoo, "_declared", lambda: {"digits-linear": found})
+    monkeypatch.setattr(zoo, "trained", lambda: {"digits-linear": found})
     # the tool sets the threads of the whole process
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     return found

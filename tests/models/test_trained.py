@@ -12,7 +12,6 @@ from torch import nn
 
 from xformopt.errors import DataError, UsageError
 from xformopt.models import trained as trained_module
-from xformopt.models import zoo
 from xformopt.models.checkpoint import MOST_BYTES, load_checkpoint, save_checkpoint
 from xformopt.models.tasks.index import tasks
 from xformopt.models.tasks.training import Schedule, fit
@@ -145,7 +144,7 @@ def test_trained_models_bear_the_names_of_their_tasks() -> None:
         assert name.startswith(f"{model.task}-")
         assert is_model(name)
         assert model.sources
-        assert tasks()[model.task].folds == model.folds
+        assert model.folds in (1, tasks()[model.task].folds)
 
 
 def test_every_trained_model_has_its_checkpoints() -> None:
@@ -154,16 +153,6 @@ def test_every_trained_model_has_its_checkpoints() -> None:
             path = model.on_fold(fold).path
             assert path.stat().st_size <= MOST_BYTES
             model.on_fold(fold).build()
-
-
-def test_a_model_without_checkpoints_is_found_only_to_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = Trained(
-        "digits-net", "digits", Net, lambda module, fold, progress: None, ("none",), "net", released=False
-    )
-    monkeypatch.setattr(zoo, "_declared", lambda: {"digits-net": waiting})
-    assert find_trained("digits-net") is waiting
-    assert trained() == {}
-    assert not is_model("digits-net")
 
 
 def test_names_that_mean_nothing() -> None:
