@@ -200,8 +200,11 @@ def main(arguments: Sequence[str]) -> None:
         subject = subject_of(name, given.samples, given.minutes)
         found = measure(subject, picked, options)
         # methods that were not asked for keep what the file says of them
-        known = results.entries().get(name, {}).get("methods", {}) if given.method else {}
-        results.put(name, {**found, "methods": {**known, **found["methods"]}})
+        known = results.entries().get(name, {}) if given.method else {}
+        asked = {(row["pass"], row["at"]) for row in found["gate"]}
+        others = [row for row in known.get("gate", []) if (row["pass"], row["at"]) not in asked]
+        found["methods"] = {**known.get("methods", {}), **found["methods"]}
+        results.put(name, {**found, "gate": [*others, *found["gate"]]})
 
 
 if __name__ == "__main__":
