@@ -79,7 +79,7 @@ def test_out_of_fold_accuracy(name: str) -> None:
         module = model.on_fold(fold).build()
         score = Digits(fold).evaluate(lambda inputs, module=module: module(**inputs))
         right, count = right + score.value * score.count, count + score.count
-    assert count == 1797
+    assert count == (1797 if model.folds > 1 else 360)
     assert right / count >= 0.97
 
 
