@@ -92,8 +92,8 @@ def refusal(arguments: Mapping[str, Any]) -> Verdict:
     return None
 
 
-def emit(b: Builder, node: TvmNode, sizes: Sizes, name: str, write: Callable[[Tile], Any]) -> Any:
-    """Call the function that ``write`` writes for a tile, on the operands that attention has."""
+def emit(b: Builder, node: TvmNode, sizes: Sizes, name: str, write: Callable[[Tile], Any], *others: Any) -> Any:
+    """Call the function that ``write`` writes for a tile, on the operands that attention has, and ``others``."""
     T, width = sizes.T, 2 * b.machine.lanes
     heights = range(min(4, T), min(T, (b.machine.registers - 4) // 2) + 1)
     tile = b.tile(
@@ -106,7 +106,7 @@ def emit(b: Builder, node: TvmNode, sizes: Sizes, name: str, write: Callable[[Ti
     for operand, shape, _ in sizes.operands:
         value = b.value(node.arguments[operand])
         operands.append(value if node.shape_of(operand) == shape else b.reshape(value, shape))
-    return b.call(name, lambda: write(tile), operands, node.shape)
+    return b.call(name, lambda: write(tile), [*operands, *others], node.shape)
 
 
 def _emit(b: Builder, node: TvmNode) -> Any:

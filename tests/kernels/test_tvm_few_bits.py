@@ -77,7 +77,10 @@ input %i: i64[3,4]
 %c: f32[3,4] = aten.add.Tensor(%a, %b)
 %l: i64[3,4] = aten.__lshift__.Scalar(%i) {other=3}
 %r: i64[3,4] = aten.__rshift__.Tensor(%l, %i)
-return c=%c, r=%r
+%f: i64[3,4] = aten.clamp(%i) {min=3}
+%g: i64[3,4] = aten.clamp(%f) {max=8}
+%h: f32[3,4] = aten.clamp(%x) {min=-0.5, max=0.25}
+return c=%c, r=%r, g=%g, h=%h
 """
     program = Program.parse(text)
     given = {"x": torch.randn(3, 4), "i": torch.arange(12).reshape(3, 4)}

@@ -24,6 +24,7 @@ TESTED_APART = {
     "hamming_attention",
     "linear_attention",
     "local_attention",
+    "log_attention",
     "log_quantize",
     "manhattan_attention",
     "match_tokens",

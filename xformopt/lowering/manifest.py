@@ -50,7 +50,7 @@ _STORED = {
     "block_parameter": "parameters",
 }
 # what rounds a value to few levels that stay floats
-_SIMULATED = frozenset({"fake_quantize", "log_quantize"})
+_SIMULATED = frozenset({"fake_quantize", "log_quantize", "log_attention"})
 _STORED_FLOATS = "float_weight_linear"
 _SIMULATED_FLOATS = "fake_quantize_float"
 

@@ -68,7 +68,7 @@ def _import_one(
     importer = ExportedProgramImporter()
     importer.block_builder = blocks
     environment = importer.env = _Environment(traced)
-    known = {**further_operators(blocks, environment.__getitem__), **importer.convert_map}
+    known = {**importer.convert_map, **further_operators(blocks, environment.__getitem__)}
     _check_known(traced, known)
     inputs = [environment.variable(node) for node in traced.inputs]
     builder = Builder(machine, blocks, environment.__getitem__, traced.parameters, tiles)

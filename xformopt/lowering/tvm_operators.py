@@ -1,4 +1,4 @@
-"""ATen operators that TVM's importer does not know, in operators of TVM's that it has."""
+"""ATen operators that TVM's importer does not know, or not for every type, in operators that TVM has."""
 
 from __future__ import annotations
 
@@ -37,7 +37,16 @@ def further_operators(block_builder: Any, value: Callable[[Any], Any]) -> dict[s
 
         return convert
 
-    found = {"amax.default": reduced(relax.op.max), "amin.default": reduced(relax.op.min)}
+    def clamp(node: fx.Node) -> Any:
+        # of the importer's own, a bound that is left out becomes infinity, which integers have not
+        bounds = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
+        result = value(node.args[0])
+        for name, function in (("min", relax.op.maximum), ("max", relax.op.minimum)):
+            if (bound := bounds.get(name)) is not None:
+                result = emit(function(result, relax.const(bound, result.ty.dtype)))
+        return result
+
+    found = {"clamp.default": clamp, "amax.default": reduced(relax.op.max), "amin.default": reduced(relax.op.min)}
     for name, function in (("__lshift__", relax.op.left_shift), ("__rshift__", relax.op.right_shift)):
         found |= {f"{name}.{kind}": elementwise(function) for kind in ("Tensor", "Scalar")}
     return found
