@@ -240,6 +240,8 @@ def execution_of(program: Program, *, in_half: bool = False) -> dict[str, int]:
             counted[f"weights in {node.kwargs['bits']} bits, simulated in float"] += 1
         elif defined.name == _SIMULATED_FLOATS:
             counted[f"activations in {node.kwargs['format']}, simulated in float"] += 1
+        elif defined.name == "memory_linear":
+            counted["linear layers as hashed tables, summed in float"] += 1
         elif defined.name == "sparse_factor_linear":
             counted["linear layers stored as sparse times dense, computed dense"] += 1
         elif defined.name in ("linear", "linear_activation"):
