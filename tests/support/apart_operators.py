@@ -28,6 +28,7 @@ TESTED_APART = {
     "log_quantize",
     "manhattan_attention",
     "match_tokens",
+    "memory_linear",
     "merge_tokens",
     "mra_attention",
     "pack_bits",
