@@ -201,7 +201,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "lengths": ("Attention against length", lengths),
     "tvm": ("TVM", tvm),
     "retraining": ("Trained again", retraining),
-    "multiplication-free": ("Linear layers without multiplications", multiplication_free),
+    "multiplication-free": ("Layers without multiplications", multiplication_free),
 }
 
 

@@ -23,7 +23,7 @@ from xformopt.kernels.tvm_form import Builder, Kernel, Tile, TvmNode, Verdict
 from xformopt.kernels.tvm_loops import fill, flat, room, write_function
 from xformopt.kernels.tvm_math import log2
 
-__all__ = ["KERNEL", "MOST_BITS", "Levels", "log_attention"]
+__all__ = ["KERNEL", "MOST_BITS", "Levels", "additions", "log_attention"]
 
 # a sum of values for each code must fit the cache
 MOST_BITS = 6
@@ -168,6 +168,16 @@ def _weighed(levels: Levels, read: Any, lanes: int) -> Any:
             else:
                 result[j] = result[j] + shared[j] * ir.float32(entry)
     return result
+
+
+def additions(levels: Levels) -> int:
+    """Return how many shifted terms an output takes behind the sums of all codes: what the kernel adds for each."""
+    total = 0
+    for place, codes in levels.entries.items():
+        near = [code for code, shift in codes if shift <= _FARTHEST]
+        if near and (entry := levels.entry(place)):
+            total += len(near) + (len(_digits(round(entry))) if levels.round_table else 1)
+    return total
 
 
 def _shifted(value: Any, exponent: int) -> Any:

@@ -14,6 +14,7 @@ import torch
 from xformopt.api import export
 from xformopt.cli.options import the_sizes
 from xformopt.errors import ArtifactError, DataError, LoweringError, UsageError
+from xformopt.evaluation import artifact_subject
 from xformopt.kernels.attention.tvm import Sizes
 from xformopt.kernels.linear.tvm import pack
 from xformopt.lowering import load, lower, open_runner, tvm_build, tvm_trace
@@ -81,6 +82,10 @@ def test_integer_products(encoder: Program, target: str, static: bool) -> None:
     for name, value in expected.items():
         gap = np.linalg.norm(found[name] - value.numpy()) / np.linalg.norm(value.numpy())
         assert gap < 3e-3, name
+
+
+def test_a_task_is_cut_to_the_batch_that_was_compiled(folder: Path) -> None:
+    assert artifact_subject(load(folder)).rows == 2
 
 
 def test_other_sizes_are_refused(encoder: Program, folder: Path) -> None:
