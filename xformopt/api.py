@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from xformopt.benchmark import BenchSettings, Progress
 from xformopt.comparison import (
     add_baselines,
     artifact_candidate,
+    as_tensors,
     check_target,
     compare,
     measured_speedup,
@@ -335,7 +335,7 @@ def bench(
         artifact = optimize(original, target=target, bench=False, **job).artifact  # type: ignore[arg-type]
         lineup.kept.append(artifact)
         lineup.candidates.append(artifact_candidate(artifact, target))
-    chosen = _as_tensors(inputs) if inputs is not None else lineup.inputs(batch, length, seed)
+    chosen = as_tensors(inputs) if inputs is not None else lineup.inputs(batch, length, seed)
     settings = BenchSettings(threads=threads, rounds=rounds, over=over, seed=seed)
     known = lineup.original
     with tempfile.TemporaryDirectory(prefix="xformopt-bench-") as scratch:
@@ -397,10 +397,3 @@ def _documents(report: BenchReport | None) -> dict[str, str]:
     if report is None:
         return {}
     return {"bench.json": json.dumps(report.to_dict(), indent=1) + "\n", "report.html": render([report])}
-
-
-def _as_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        name: value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-        for name, value in inputs.items()
-    }

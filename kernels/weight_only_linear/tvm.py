@@ -114,9 +114,9 @@ def matmul(
 
     operands = [
         ("x", x_shape, "float32"),
-        ("codes", (panels, inner // per_byte, tile.columns), "uint8"),
-        ("scales", (panels, groups, tile.columns), "float32"),
-        ("shifts", (panels, groups, tile.columns), "float32"),
+        ("w", (panels, inner // per_byte, tile.columns), "uint8"),
+        ("w_scales", (panels, groups, tile.columns), "float32"),
+        ("w_shifts", (panels, groups, tile.columns), "float32"),
         *([("bias", (columns,), "float32")] if has_bias else []),
         ("y", shape, "float32"),
     ]
