@@ -35,10 +35,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return codes.clone()
     count, period = codes.shape[-1], PERIODS[bits]
-    places = torch.arange(0, 8 * period, bits, dtype=torch.int64)
+    places = torch.arange(0, 8 * period, bits, dtype=torch.int64, device=codes.device)
     grouped = torch.nn.functional.pad(codes, (0, -count % len(places))).unflatten(-1, (-1, len(places)))
     words = (grouped.to(torch.int64) << places).sum(-1, keepdim=True, dtype=torch.int64)
-    found: torch.Tensor = words >> torch.arange(0, 8 * period, 8, dtype=torch.int64) & 255
+    found: torch.Tensor = words >> torch.arange(0, 8 * period, 8, dtype=torch.int64, device=codes.device) & 255
     return found.flatten(-2)[..., : packed_size(count, bits)].to(torch.uint8)
 
 

@@ -158,6 +158,12 @@ class Builder:
             self.shared[key] = emit()
         return self.shared[key]
 
+    def reshape(self, value: Value, shape: tuple[int, ...]) -> Value:
+        """Return a value under another shape."""
+        from tvm import relax
+
+        return self.block_builder.emit(relax.op.reshape(value, shape))
+
     def tile(self, name: str, make: Callable[[Tile], Any], default: Tile, others: Sequence[Tile]) -> Tile:
         """Return the tile that was measured to be best for the function ``name``, or else ``default``."""
         self.trials.setdefault(name, Trial(make, default, tuple(tile for tile in others if tile != default)))

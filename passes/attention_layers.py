@@ -14,7 +14,14 @@ __all__ = ["attention_linears"]
 
 aten = torch.ops.aten
 _LINEAR = (xf.linear, xf.linear_activation)
-_ATTENTION = (xf.attention, xf.flow_attention, xf.linear_attention, xf.local_attention, xf.toeplitz_attention)
+_ATTENTION = (
+    xf.attention,
+    xf.flow_attention,
+    xf.hamming_attention,
+    xf.linear_attention,
+    xf.local_attention,
+    xf.toeplitz_attention,
+)
 # what may stand between a projection and attention
 _BETWEEN = (
     xf.rope,

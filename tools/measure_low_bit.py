@@ -126,7 +126,7 @@ def run_passes(name: str, folds: Sequence[Case], passes: Sequence[str]) -> Reach
         begin = time.perf_counter()
         program = fold.exact
         for text in passes:
-            result = parse_pass(text).run(program, Context(calibration=fold.calibration))
+            result = parse_pass(text).run(program, Context(calibration=fold.calibration, original=fold.exact))
             program = result.program
             reached.notes |= {rejected.reason for rejected in result.rejected}
         reached.seconds += time.perf_counter() - begin

@@ -145,21 +145,25 @@ def tvm(found: Mapping[str, Any]) -> str:
 
 
 def multiplication_free(found: Mapping[str, Any]) -> str:
-    """What products by shifts cost, save and lose."""
+    """What layers without multiplications cost, save and lose."""
     parts, entries = [], found["parts"]
     if (accuracy := entries.get("accuracy on digits")) is not None:
         rows = [[form, f"{entry['value']:.4f}"] for form, entry in accuracy.items()]
-        parts += ["Every linear layer in one form, untrained: accuracy on `digits`.", table(["form", "accuracy"], rows)]
-    if (layers := entries.get("one layer")) is not None:
-        parts.append("One linear layer: median, ms, on two threads, and the energy of its arithmetic, microjoules.")
+        parts += ["Every layer in one form: accuracy on `digits`.", table(["form", "accuracy"], rows)]
+    for part, sizes in (("one layer", "rows, inputs, outputs"), ("one attention", "tokens, heads, width")):
+        if part not in entries:
+            continue
+        parts.append(f"{part.capitalize()} ({sizes}): median, ms, on two threads, and its arithmetic in microjoules.")
         rows = []
-        for entry in layers["shapes"]:
-            sizes = " x ".join(map(str, entry["rows, inputs, outputs"]))
+        for entry in entries[part]["shapes"]:
             for run in entry["bench"]["runs"]:
-                form = run["name"].split()[0]
+                form = run["name"].rpartition(" ")[0]
                 taken = "failed" if run["error"] else milliseconds(run["latency_ms"]["p50"])
-                rows.append([f"{sizes}, {run['name']}", taken, f"{entry['microjoules'][form]:.1f}"])
-        parts += [table(["layer", "p50, ms", "uJ"], rows), f"Energy: {found['energy']}; {found['formula']}."]
+                label = f"{' x '.join(map(str, entry[sizes]))}, {run['name']}"
+                rows.append([label, taken, f"{entry['microjoules'][form]:.1f}"])
+        parts.append(table(["layer", "p50, ms", "uJ"], rows))
+    if len(parts) > 2:
+        parts.append(f"Energy: {found['energy']}; {found['formula']}.")
     return "\n\n".join(parts)
 
 
@@ -197,7 +201,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "lengths": ("Attention against length", lengths),
     "tvm": ("TVM", tvm),
     "retraining": ("Trained again", retraining),
-    "multiplication-free": ("Linear layers without multiplications", multiplication_free),
+    "multiplication-free": ("Layers without multiplications", multiplication_free),
 }
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from xformopt.benchmark import BenchSettings, Progress
 from xformopt.comparison import (
     add_baselines,
     artifact_candidate,
+    as_tensors,
     check_target,
     compare,
     measured_speedup,
@@ -110,6 +110,7 @@ def optimize(
     batch: int | None = None,
     length: int | None = None,
     lengths: Sequence[int] = (),
+    batches: Sequence[int] = (),
     max_drift: float | None = None,
     strict: bool = False,
     keep_if_faster: bool = False,
@@ -140,6 +141,7 @@ def optimize(
         batch: Size of the batch to choose forms for and to measure at; that of the example where left out.
         length: The same of the length.
         lengths: For ``tvm-*``: lengths to compile a function for, each.
+        batches: The same of the batch.
         max_drift: Largest relative L2 to the original that a lossy pass may reach.
         strict: A pass over that budget stops the run instead of being taken back.
         keep_if_faster: A lossy pass without a measured speed-up is taken back.
@@ -169,19 +171,20 @@ def optimize(
     progress("capture", 0, 1)
     original = capture_original(model, trust_remote_code=trust_remote_code, length=length)
     chosen = task_for(task, original.label) if task is not None else None
-    batches = _batches(calibration, original)
+    samples = _batches(calibration, original)
     eager = program_subject(original.program, original.label)
     if chosen is not None:
         check_fit(chosen, eager)
-        batches = [*batches] or calibration_of(chosen, original.program)
+        samples = [*samples] or calibration_of(chosen, original.program)
     length = max(lengths) if lengths and length is None else length
+    batch = max(batches) if batches and batch is None else batch
     sizes = chosen_sizes(original.program, batch, length)
     inputs = chosen_inputs(original.program, batch, length, seed=seed)
     settings = BenchSettings(threads=threads, rounds=rounds, seed=seed)
     measures = (bench or keep_if_faster) and any(step.effect != "exact" for step in steps)
     result = Pipeline(steps, max_drift, strict, keep_if_faster).run(
         original.program,
-        batches,
+        samples,
         target,
         seed=seed,
         assume=assume,
@@ -197,6 +200,7 @@ def optimize(
         measure=measure_lowering,
         sizes=sizes,
         lengths=lengths,
+        batches=batches,
         threads=threads,
         tuning_seconds=tuning_seconds,
         captured=original.program,
@@ -223,6 +227,7 @@ def export(
     batch: int | None = None,
     length: int | None = None,
     lengths: Sequence[int] = (),
+    batches: Sequence[int] = (),
     measure_lowering: bool = True,
     threads: int | None = None,
     tuning_seconds: float = TUNING_SECONDS,
@@ -240,6 +245,7 @@ def export(
         batch: Size of the batch to choose forms for; that of the example where left out.
         length: The same of the length.
         lengths: For ``tvm-*``: lengths to compile a function for, each.
+        batches: The same of the batch.
         measure_lowering: Whether to time the forms an operator may take, and keep the fastest.
         threads: To choose forms for.
         tuning_seconds: How long to look for the fastest.
@@ -264,6 +270,7 @@ def export(
         batch=batch,
         length=length,
         lengths=lengths,
+        batches=batches,
         measure_lowering=measure_lowering,
         bench=False,
         threads=threads,
@@ -306,7 +313,6 @@ def bench(
         recipe: See ``targets``.
         batch: Where inputs are drawn; that of the example where left out.
         length: The same of the length.
-        lengths: For ``tvm-*``: lengths to compile a function for, each.
         threads: Of every run; None takes the cores this process may use.
         rounds: None chooses.
         over: The name of the run that speed-ups are over; ``eager`` if it is there, else the first.
@@ -329,7 +335,7 @@ def bench(
         artifact = optimize(original, target=target, bench=False, **job).artifact  # type: ignore[arg-type]
         lineup.kept.append(artifact)
         lineup.candidates.append(artifact_candidate(artifact, target))
-    chosen = _as_tensors(inputs) if inputs is not None else lineup.inputs(batch, length, seed)
+    chosen = as_tensors(inputs) if inputs is not None else lineup.inputs(batch, length, seed)
     settings = BenchSettings(threads=threads, rounds=rounds, over=over, seed=seed)
     known = lineup.original
     with tempfile.TemporaryDirectory(prefix="xformopt-bench-") as scratch:
@@ -391,10 +397,3 @@ def _documents(report: BenchReport | None) -> dict[str, str]:
     if report is None:
         return {}
     return {"bench.json": json.dumps(report.to_dict(), indent=1) + "\n", "report.html": render([report])}
-
-
-def _as_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        name: value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-        for name, value in inputs.items()
-    }

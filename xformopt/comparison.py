@@ -28,6 +28,7 @@ __all__ = [
     "Reference",
     "add_baselines",
     "artifact_candidate",
+    "as_tensors",
     "check_target",
     "compare",
     "measured_speedup",
@@ -292,3 +293,11 @@ def _is_gather(user: fx.Node, table: fx.Node) -> bool:
 
 def _arrays(values: Mapping[str, torch.Tensor]) -> dict[str, Array]:
     return {name: value.detach().cpu().contiguous().numpy() for name, value in values.items()}
+
+
+def as_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return arrays or tensors as tensors."""
+    return {
+        name: value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        for name, value in inputs.items()
+    }

@@ -254,7 +254,8 @@ def program_subject(program: Program, name: str) -> Subject:
 
 def artifact_subject(artifact: Artifact) -> Subject:
     """Return an artifact in the session it was made for."""
-    inputs = {spec.name: spec.shape for spec in artifact.manifest.inputs}
+    fixed = {dim.name: dim.low for dim in artifact.manifest.dims if dim.low == dim.high}
+    inputs = {spec.name: tuple(fixed.get(str(size), size) for size in spec.shape) for spec in artifact.manifest.inputs}
 
     def run(given: Tensors) -> dict[str, torch.Tensor]:
         outputs = artifact.run(**{name: value.numpy() for name, value in given.items()})

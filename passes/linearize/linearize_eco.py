@@ -12,8 +12,11 @@ Three steps, each layer by itself on calibration data:
 3. The projection of the values is trained again, behind the codes.
 
 The codes stay as they are in later training, as the sign has no gradient; the paper learns them anew while it
-fine-tunes, which is a pass of its own here, ``rehash-attention``, that recovery takes turns with.  They are float
-numbers of -1 and 1 here, so that what is saved is the square of the length, not multiplications.
+fine-tunes, which is a pass of its own here, ``rehash-attention``, that recovery takes turns with.
+
+Codes are bits in the program, and attention over them is ``xf.hamming_attention``: sums of values that bits choose.
+TVM's kernel does that without a multiplication.  ONNX has no such operator; there codes become numbers of -1 and 1, and
+what is saved is the square of the length.  To hash a vector takes products and exponentials on every target.
 
 ShiftAddViT (You et al., NeurIPS 2023, arXiv 2306.06446) uses the same codes in its attention; its shift layers are
 ``quantize-shift``.
@@ -163,7 +166,7 @@ class LinearizeEco(FittedLinearization):
         return with_projection(editor, site.q, stored), list(stored)
 
     def _hashed(self, editor: Editor, site: Site, x: fx.Node, trained: Trained) -> fx.Node:
-        """Insert linear attention of codes, each with a constant whose square is b."""
+        """Insert attention of codes, eight bits to a byte."""
         names = (_name(site, table) for table in _TABLES)
         anchors, offset, mixing, thresholds = (editor.parameter(name, trained[name]) for name in names)
         heads_first = editor.call(aten.permute.default, x, [0, 2, 1, 3])  # [B, H, T, D]
@@ -171,21 +174,17 @@ class LinearizeEco(FittedLinearization):
         kernel = editor.call(aten.exp.default, editor.call(aten.add.Tensor, products, offset))
         projected = editor.call(aten.matmul.default, kernel, mixing)
         is_one = editor.call(aten.ge.Tensor, projected, thresholds)
-        ones = editor.call(aten._to_copy.default, is_one, dtype=value_of(x).dtype)
-        codes = editor.call(aten.sub.Tensor, editor.call(aten.mul.Tensor, ones, 2.0), 1.0)
-        features = editor.call(aten.constant_pad_nd.default, codes, [0, 1], math.sqrt(self.bits))
-        tokens_first = editor.call(aten.permute.default, features, [0, 2, 1, 3])
-        flat = editor.call(aten.flatten.using_ints, tokens_first, 2, 3)  # [B, T, H * (b + 1)]
+        tokens_first = editor.call(aten.permute.default, editor.call(xf.pack_bits, is_one), [0, 2, 1, 3])
+        codes = editor.call(aten.flatten.using_ints, tokens_first, 2, 3)  # [B, T, H * ceil(b / 8)]
         v = spread(editor, site, site.v)
         return editor.call(
-            xf.linear_attention,
-            flat,
-            flat,
+            xf.hamming_attention,
+            codes,
+            codes,
             v,
             site.key_mask,
-            None,
             heads=site.heads,
-            feature="given",
+            bits=self.bits,
             causal=site.causal,
         )
 

@@ -98,6 +98,8 @@ def test_every_activation_has_a_kernel() -> None:
         {"has_mask": True},
         {"has_mask": True, "causal": True, "kv_heads": 1},
         {"has_mask": True, "has_log_size": True},
+        {"bias": (1, 4, 7, 9)},
+        {"bias": (2, 1, 1, 9), "has_log_size": True},
     ],
     ids=str,
 )
@@ -111,7 +113,8 @@ def test_attention(options: dict[str, Any], rng: torch.Generator) -> None:
     # a sequence without any key
     mask[1] = False
     sizes_of_keys = torch.randint(0, 3, (2, 9), generator=rng).float().log()
-    given = {"key_log_size": sizes_of_keys} if sizes.has_log_size else {}
+    given = {"bias": torch.randn(sizes.bias, generator=rng)} if sizes.bias else {}
+    given |= {"key_log_size": sizes_of_keys} if sizes.has_log_size else {}
     hiding = {name: settings[name] for name in ("causal", "window_left", "window_right", "kv_heads")}
     expected = reference_attention(q, k, v, mask if sizes.has_mask else None, heads=4, scale=0.45, **hiding, **given)
     operands = [q.numpy(), k.numpy(), v.numpy(), *([mask.numpy()] if sizes.has_mask else []), *given.values()]

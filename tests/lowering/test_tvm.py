@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from xformopt.api import export
-from xformopt.cli.options import the_lengths
+from xformopt.cli.options import the_sizes
 from xformopt.errors import ArtifactError, DataError, LoweringError, UsageError
+from xformopt.evaluation import artifact_subject
 from xformopt.kernels.attention.tvm import Sizes
 from xformopt.kernels.linear.tvm import pack
 from xformopt.lowering import load, lower, open_runner, tvm_build, tvm_trace
+from xformopt.lowering.artifact import Artifact
 from xformopt.lowering.reference import reference_inputs
-from xformopt.lowering.tvm_signature import read_signature
+from xformopt.lowering.tvm_signature import Batching, read_signature
 from xformopt.measure.machine import describe_machine
 from xformopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from xformopt.passes.quantize.quantize_static import QuantizeStatic
@@ -80,6 +82,10 @@ def test_integer_products(encoder: Program, target: str, static: bool) -> None:
     for name, value in expected.items():
         gap = np.linalg.norm(found[name] - value.numpy()) / np.linalg.norm(value.numpy())
         assert gap < 3e-3, name
+
+
+def test_a_task_is_cut_to_the_batch_that_was_compiled(folder: Path) -> None:
+    assert artifact_subject(load(folder)).rows == 2
 
 
 def test_other_sizes_are_refused(encoder: Program, folder: Path) -> None:
@@ -168,14 +174,69 @@ def test_what_is_not_padded(text: str, why: str) -> None:
         artifact.run(**arrays_of(program, {"length": 6}))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 7])
+def test_a_batch_runs_in_parts(encoder: Program, batches: Artifact, batch: int) -> None:
+    for length in (5, 8):
+        arrays = arrays_of(encoder, {"batch": batch, "length": length})
+        arrays["mask"][-1, length - 2 :] = 0
+        expected = encoder.run({name: torch.from_numpy(value) for name, value in arrays.items()})
+        found = batches.run(**arrays)
+        keep = arrays["mask"].astype(bool)
+        np.testing.assert_allclose(found["hidden"][keep], expected["hidden"].numpy()[keep], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["pooled"], expected["pooled"].numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def batches(encoder: Program) -> Artifact:
+    return lower(encoder, "tvm-cpu", lengths=(5, 9), batches=(2, 3), measure=False, captured=encoder)
+
+
+def test_parts_are_as_large_as_fits() -> None:
+    assert Batching(("x",), (2, 4)).parts(11) == [(0, 4, 4), (4, 4, 4), (8, 2, 2), (10, 1, 2)]
+    assert Batching(("x",), (3,)).parts(2) == [(0, 2, 3)]
+
+
+MIXED = """
+program "mixed" lifted
+dim batch in [1, 64]
+input %x: f32[batch,8]
+%m: f32[1,8] = aten.mean.dim(%x) {dim=[0], keepdim=true}
+%y: f32[batch,8] = aten.sub.Tensor(%x, %m)
+return y=%y
+"""
+SUMMED = """
+program "summed" lifted
+dim batch in [1, 64]
+input %x: f32[batch,8]
+%y: f32[8] = aten.sum.dim_IntList(%x) {dim=[0]}
+return y=%y
+"""
+
+
+@pytest.mark.parametrize(("text", "why"), [(MIXED, "items depend on each other"), (SUMMED, "the output y does not")])
+def test_what_does_not_run_in_parts(text: str, why: str) -> None:
+    program = Program.parse(text)
+    artifact = lower(program, "tvm-cpu", batches=(2, 5), measure=False)
+    for batch in (2, 5):
+        arrays = arrays_of(program, {"batch": batch})
+        expected = program.run({name: torch.from_numpy(value) for name, value in arrays.items()})["y"]
+        np.testing.assert_allclose(artifact.run(**arrays)["y"], expected.numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match=why):
+        artifact.run(**arrays_of(program, {"batch": 3}))
+
+
 def test_lengths_are_for_tvm(encoder: Program) -> None:
+    with pytest.raises(UsageError, match="takes any batch"):
+        lower(encoder, "ort-cpu", batches=(4, 8))
+    with pytest.raises(UsageError, match="has no dimension 'batch'"):
+        lower(Program.parse(UNMASKED), "tvm-cpu", batches=(1, 4))
     with pytest.raises(UsageError, match="takes any length"):
         lower(encoder, "ort-cpu", lengths=(4, 8))
     with pytest.raises(DataError, match="The size 65"):
         lower(encoder, "tvm-cpu", lengths=(4, 65))
     with pytest.raises(UsageError, match="'many'"):
-        the_lengths("4,many")
-    assert the_lengths("8, 4") == [8, 4]
+        the_sizes("4,many", "--lengths")
+    assert the_sizes("8, 4", "--batches") == [8, 4]
 
 
 def test_the_runner_tells_the_time_of_kernels(encoder: Program, folder: Path) -> None:

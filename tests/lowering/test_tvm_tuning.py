@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from xformopt.files import cache_folder
+from xformopt.kernels.attention.tvm import Sizes
 from xformopt.kernels.linear.tvm import matmul
+from xformopt.kernels.log_attention.tvm import Levels, log_attention
 from xformopt.kernels.tvm_form import Tile, Trial
+from xformopt.kernels.weight_only_linear.tvm import matmul as code_matmul
 from xformopt.lowering.tvm_tuning import CACHE_FILE, Tiling, choose_tiles
 
 tvm = pytest.importorskip("tvm")
@@ -53,6 +56,19 @@ def test_an_answer_is_found_once() -> None:
 
     again = choose({"matmul_8": trial(fail)})
     assert again == Tiling(first.tiles)
+
+
+def test_operands_are_the_same_for_every_tile() -> None:
+    """Panels lie otherwise for each tile, so that numbers drawn for them would tell tiles apart."""
+    sizes = Sizes(1, 9, 11, 2, 2, 4, 8, 0.5, False, False, -1, -1, bias=(1, 2, 9, 11))
+    levels = Levels(4, 52, 37, round_table=True, flush=True)
+    trials = {
+        "log_attention": trial(lambda tile: log_attention(sizes, levels, tile)),
+        "matmul_codes": trial(lambda tile: code_matmul((9, 16), (9, 16), tile, 2, 2, has_bias=True)),
+    }
+    for record in choose(trials).records:
+        assert record.relative_l2 is not None
+        assert record.relative_l2 < 1e-5
 
 
 def test_without_time_the_default_stays_and_is_not_remembered() -> None:

@@ -96,6 +96,10 @@ def test_codes_weigh_the_values() -> None:
     assert "with a shared projection the largest error" in "".join(result.notes)
     artifact = xo.lower(result.program, "ort-cpu", measure=False)
     assert relative(torch.from_numpy(artifact.run(x=batch["x"].numpy())["y"]), have) < 1e-4
+    pytest.importorskip("tvm")
+    compiled = xo.lower(result.program, "tvm-cpu", sizes={"batch": 3}, measure=False)
+    assert compiled.manifest.forms["hamming_attention"] == {"kernel": 1}
+    assert relative(torch.from_numpy(compiled.run(x=batch["x"].numpy())["y"]), have) < 1e-4
 
 
 def test_codes_are_learned_anew_on_what_the_program_computes_by_now() -> None:

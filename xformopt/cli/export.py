@@ -21,6 +21,7 @@ def export(
     batch: o.Batch = None,
     length: o.Length = None,
     lengths: o.Lengths = None,
+    batches: o.Batches = None,
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Take the default form of every operator instead of timing them.")
     ] = False,
@@ -46,7 +47,8 @@ def export(
             target=target,
             batch=batch,
             length=length,
-            lengths=o.the_lengths(lengths),
+            lengths=o.the_sizes(lengths, "--lengths"),
+            batches=o.the_sizes(batches, "--batches"),
             measure_lowering=not no_measure,
             threads=threads,
             tuning_seconds=tune_seconds,

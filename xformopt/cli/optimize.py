@@ -54,6 +54,7 @@ def optimize(
     batch: o.Batch = None,
     length: o.Length = None,
     lengths: o.Lengths = None,
+    batches: o.Batches = None,
     max_drift: Annotated[
         float | None,
         typer.Option("--max-drift", min=0.0, metavar="X", help="Relative L2 to the original a lossy pass may reach."),
@@ -122,7 +123,8 @@ def optimize(
             name,
             path,
             **chosen,
-            lengths=o.the_lengths(lengths),
+            lengths=o.the_sizes(lengths, "--lengths"),
+            batches=o.the_sizes(batches, "--batches"),
             calibration=calibration or (),
             task=task,
             max_drift=max_drift,

@@ -11,6 +11,7 @@ from xformopt.errors import UsageError
 
 __all__ = [
     "Batch",
+    "Batches",
     "Debug",
     "Json",
     "Length",
@@ -27,9 +28,9 @@ __all__ = [
     "Threads",
     "TrustRemoteCode",
     "TuneSeconds",
-    "the_lengths",
     "the_model",
     "the_output",
+    "the_sizes",
 ]
 
 ModelArgument: TypeAlias = Annotated[
@@ -57,6 +58,12 @@ Lengths: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--lengths", metavar="N,N,...", help="For tvm-*: compile for each of these lengths; between them is padded."
+    ),
+]
+Batches: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--batches", metavar="N,N,...", help="For tvm-*: compile for each of these; other batches run in parts."
     ),
 ]
 Threads: TypeAlias = Annotated[
@@ -108,11 +115,11 @@ def the_output(path: Path | None) -> Path:
     return path
 
 
-def the_lengths(text: str | None) -> list[int]:
-    """Return the lengths of a command line, ``32,64,128``."""
+def the_sizes(text: str | None, option: str) -> list[int]:
+    """Return the lengths or batches of a command line, ``32,64,128``."""
     parts = [part.strip() for part in text.split(",")] if text else []
     if wrong := [part for part in parts if not part.isdigit() or not int(part)]:
-        raise UsageError(f"--lengths takes numbers such as 32,64,128, and {wrong[0]!r} is none.")
+        raise UsageError(f"{option} takes numbers such as 32,64,128, and {wrong[0]!r} is none.")
     return [int(part) for part in parts]
 
 

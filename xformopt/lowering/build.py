@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from xformopt.lowering.triton_tuning import choose_tiles as choose_gpu_tiles
 from xformopt.lowering.tuning import Progress, Tuned, choose_forms
 from xformopt.lowering.tvm_build import MODEL as LIBRARY
 from xformopt.lowering.tvm_build import TVM_TARGETS, check_toolchain, runs_here, write_library
-from xformopt.lowering.tvm_padding import LENGTH, padding_of
+from xformopt.lowering.tvm_padding import BATCH, LENGTH, batching_of, padding_of
 from xformopt.lowering.tvm_tuning import Tiling, choose_tiles
 from xformopt.measure.machine import describe_machine
 from xformopt.program import Level, Program, numpy_interface, widened
@@ -62,6 +63,7 @@ def lower_program(
     measure: bool = True,
     sizes: Mapping[str, int] | None = None,
     lengths: Sequence[int] = (),
+    batches: Sequence[int] = (),
     threads: int | None = None,
     captured: Program | None = None,
     history: Sequence[Any] = (),
@@ -81,6 +83,8 @@ def lower_program(
         sizes: Sizes of dimensions to choose for; those of the example inputs where left out.
         lengths: For ``tvm-*``: compile a function for each of these lengths.  An input in between is padded to the
             next where the model has a padding mask and obeys it, and refused elsewhere.
+        batches: For ``tvm-*``: compile a function for each of these batches, at every length.  Any other batch is run
+            in parts of these where the model looks at each item by itself, and refused elsewhere.
         threads: Threads to choose for; torch's own number where left out.
         captured: The original Program, stored with the artifact.
         history: What each pass did, as JSON values.
@@ -104,7 +108,7 @@ def lower_program(
         program = numpy_interface(program)
     else:
         half, program = half_precision_of(program), widened(program)
-    every = _every_size(program, target, sizes, lengths)
+    every = _every_size(program, target, sizes, lengths, batches)
     inputs = every[-1]
     progress("exporting", 0, 3)
     expected = {name: value.detach() for name, value in program.run(inputs).items()}
@@ -197,7 +201,7 @@ class _Written:
     model: str
     forms: dict[str, dict[str, int]]
     tuned: Tuned
-    sizes: dict[str, tuple[int, int]] | None = None
+    sizes: dict[str, tuple[int, int | None]] | None = None
 
 
 def _compile(
@@ -210,26 +214,35 @@ def _compile(
 ) -> _Written:
     """Compile for every size; the forms are those of one function."""
     bound = [program.bind(inputs) for inputs in every]
-    padding, why_not = None, ""
-    if len(every) > 1:
-        padding, why_not = padding_of(program, bound[0], [sizes[LENGTH] for sizes in bound], tolerance)
-    library = write_library(program, every, target, folder, choose, padding, why_not)
+    lengths, batches = (sorted({sizes[name] for sizes in bound if name in sizes}) for name in (LENGTH, BATCH))
+    padding, batching = None, None
+    why_unpadded, why_whole = "", ""
+    if len(lengths) > 1:
+        padding, why_unpadded = padding_of(program, bound[0], lengths, tolerance)
+    if len(batches) > 1:
+        batching, why_whole = batching_of(program, bound[0], batches, tolerance)
+    library = write_library(program, every, target, folder, choose, (padding, why_unpadded), (batching, why_whole))
     forms = {operator: {"kernel": count} for operator, count in sorted(library.kernels.items())}
-    sizes = {name: (size, bound[-1][name]) for name, size in bound[0].items()}
+    sizes: dict[str, tuple[int, int | None]] = {name: (size, bound[-1][name]) for name, size in bound[0].items()}
     if padding is not None:
         sizes[LENGTH] = program.dims[LENGTH].low, sizes[LENGTH][1]
+    if batching is not None:
+        sizes[BATCH] = 1, None
     return _Written(LIBRARY, forms, Tuned(records=library.tuning), sizes)
 
 
 def _every_size(
-    program: Program, target: str, sizes: Mapping[str, int] | None, lengths: Sequence[int]
+    program: Program, target: str, sizes: Mapping[str, int] | None, lengths: Sequence[int], batches: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
     """Return inputs of every size to compile for, the largest last."""
-    if not lengths:
-        return [reference_inputs(program, sizes)]
-    if target not in TVM_TARGETS:
-        raise UsageError(f"An artifact for {target} takes any length: leave out the lengths to compile for.")
-    return [reference_inputs(program, {**(sizes or {}), LENGTH: length}) for length in sorted(set(lengths))]
+    asked = {name: sorted(set(found)) for name, found in ((BATCH, batches), (LENGTH, lengths)) if found}
+    for name in asked:
+        if target not in TVM_TARGETS:
+            raise UsageError(f"An artifact for {target} takes any {name}: leave out those to compile for.")
+        if name not in program.dims:
+            raise UsageError(f"{program.name} has no dimension {name!r} that could have several sizes.")
+    every = [dict(zip(asked, chosen, strict=True)) for chosen in itertools.product(*asked.values())]
+    return [reference_inputs(program, {**(sizes or {}), **chosen}) for chosen in every]
 
 
 def _records_of(package: Package) -> tuple[TuningRecord, ...]:

@@ -50,7 +50,7 @@ _STORED = {
     "block_parameter": "parameters",
 }
 # what rounds a value to few levels that stay floats
-_SIMULATED = frozenset({"fake_quantize", "log_quantize"})
+_SIMULATED = frozenset({"fake_quantize", "log_quantize", "log_attention"})
 _STORED_FLOATS = "float_weight_linear"
 _SIMULATED_FLOATS = "fake_quantize_float"
 
@@ -240,6 +240,8 @@ def execution_of(program: Program, *, in_half: bool = False) -> dict[str, int]:
             counted[f"weights in {node.kwargs['bits']} bits, simulated in float"] += 1
         elif defined.name == _SIMULATED_FLOATS:
             counted[f"activations in {node.kwargs['format']}, simulated in float"] += 1
+        elif defined.name == "memory_linear":
+            counted["linear layers as hashed tables, summed in float"] += 1
         elif defined.name == "sparse_factor_linear":
             counted["linear layers stored as sparse times dense, computed dense"] += 1
         elif defined.name in ("linear", "linear_activation"):

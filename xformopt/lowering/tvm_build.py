@@ -19,7 +19,7 @@ from xformopt.lowering.manifest import TuningRecord
 from xformopt.lowering.tvm_import import import_traced
 from xformopt.lowering.tvm_schedule import schedule_module
 from xformopt.lowering.tvm_session import PARAMETERS, require_tvm
-from xformopt.lowering.tvm_signature import Function, Padding, Signature, write_signature
+from xformopt.lowering.tvm_signature import Batching, Function, Padding, Signature, write_signature
 from xformopt.lowering.tvm_trace import trace
 from xformopt.lowering.tvm_tuning import Tiling
 from xformopt.measure.machine import describe_machine
@@ -114,8 +114,8 @@ def write_library(
     target: str,
     folder: Path,
     choose: Callable[..., Tiling] | None = None,
-    padding: Padding | None = None,
-    why_unpadded: str = "",
+    padding: tuple[Padding | None, str] = (None, ""),
+    batching: tuple[Batching | None, str] = (None, ""),
 ) -> Written:
     """Compile ``program`` at the sizes of ``inputs``, a function for each.
 
@@ -126,8 +126,8 @@ def write_library(
         folder: Where the library, its parameters and its signature go.
         choose: Chooses tiles by measurement, from the functions that have a choice and what compiles one of them;
             None takes the defaults.  For this machine alone: no other is here to be timed.
-        padding: How sizes in between are padded to the next.
-        why_unpadded: Why they are not.
+        padding: How lengths in between are padded to the next, and why they are not.
+        batching: How other batches are cut into parts, and why they are not.
 
     Raises:
         LoweringError: an operator cannot be traced or is unknown to TVM, or TVM fails to compile the program.
@@ -160,7 +160,8 @@ def write_library(
         Function(name, {key: list(given[key].shape) for key in program.input_names}, places[name])
         for name, given in zip(names, inputs, strict=True)
     )
-    write_signature(folder / MODEL, Signature(functions, tuple(program.output_names), padding, why_unpadded))
+    signature = Signature(functions, tuple(program.output_names), *padding, *batching)
+    write_signature(folder / MODEL, signature)
     return Written(imported.kernels, tiling.records)
 
 

@@ -13,6 +13,7 @@ from torch import fx
 from xformopt.errors import LoweringError
 from xformopt.kernels.definition import find_operator
 from xformopt.kernels.tvm_form import Builder, Machine, Tile, Trial, TvmNode
+from xformopt.lowering.tvm_operators import further_operators
 from xformopt.lowering.tvm_trace import Origin, Traced, arguments_of, kernel_of, origin_of
 from xformopt.program.text import target_name
 
@@ -65,9 +66,10 @@ def _import_one(
     from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
     importer = ExportedProgramImporter()
-    _check_known(traced, importer.convert_map)
     importer.block_builder = blocks
     environment = importer.env = _Environment(traced)
+    known = {**importer.convert_map, **further_operators(blocks, environment.__getitem__)}
+    _check_known(traced, known)
     inputs = [environment.variable(node) for node in traced.inputs]
     builder = Builder(machine, blocks, environment.__getitem__, traced.parameters, tiles)
     kernels: dict[str, int] = {}
@@ -78,7 +80,7 @@ def _import_one(
                     continue
                 operator = find_operator(node.target)
                 if operator is None:
-                    environment[node] = importer.convert_map[_name_of(node)](node)
+                    environment[node] = known[_name_of(node)](node)
                     continue
                 kernel = kernel_of(operator.name)
                 assert kernel is not None

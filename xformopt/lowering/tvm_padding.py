@@ -1,21 +1,22 @@
-"""Whether a Program may be run longer than its inputs: with a padding mask, and if what it computes stays the same."""
+"""Whether a Program may be run longer than its inputs, or a batch in parts: if what it computes stays the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from xformopt.lowering.manifest import specs_of
 from xformopt.lowering.reference import largest_gap, reference_inputs
-from xformopt.lowering.tvm_signature import Function, Padding, Signature
+from xformopt.lowering.tvm_signature import Batching, Function, Padding, Signature
 from xformopt.program import Program
 
-__all__ = ["LENGTH", "padding_of"]
+__all__ = ["BATCH", "LENGTH", "batching_of", "padding_of"]
 
-# the dimension that a library may be compiled for several sizes of
+# the dimensions that a library may be compiled for several sizes of
 LENGTH = "length"
+BATCH = "batch"
 
 
 def padding_of(
@@ -73,3 +74,50 @@ def _gap(program: Program, sizes: dict[str, int], lengths: Sequence[int], paddin
     arrays: list[np.ndarray] = [found[name].detach().numpy() for name in program.output_names]
     expected = {name: value.detach() for name, value in program.run(plain).items()}
     return largest_gap(program, plain, expected, signature.cut(call, arrays))[1]
+
+
+def batching_of(
+    program: Program, sizes: dict[str, int], batches: Sequence[int], tolerance: float
+) -> tuple[Batching | None, str]:
+    """Return how a batch is cut into parts of compiled sizes, or None and why it cannot be.
+
+    Whether a model looks at each item by itself is tried: a batch is run as a whole and in parts, and both must agree.
+
+    Args:
+        program: What is compiled.
+        sizes: Of the other dimensions.
+        batches: What it is compiled for, rising.
+        tolerance: Largest relative L2 between both.
+
+    """
+    items = []
+    for spec in program.inputs:
+        axes = [axis for axis, size in enumerate(spec.shape) if BATCH in str(size)]
+        if axes and (axes != [0] or spec.shape[0] != BATCH):
+            return None, f"the input {spec.name} has the batch elsewhere than on its first axis"
+        if axes:
+            items.append(spec.name)
+    for output in specs_of(program)["outputs"]:
+        if not output.shape or output.shape[0] != BATCH or any(BATCH in str(size) for size in output.shape[1:]):
+            return None, f"the output {output.name} does not have an item for each place of its first axis"
+    batching = Batching(tuple(items), tuple(batches))
+    gap = _gap_of_parts(program, sizes, batching)
+    if not gap <= tolerance:
+        return None, f"in parts the model answers otherwise, by {gap:.1e}: its items depend on each other"
+    return batching, ""
+
+
+def _gap_of_parts(program: Program, sizes: dict[str, int], batching: Batching) -> float:
+    """Return the relative L2 between a batch run in parts, and as it is."""
+    high = program.dims[BATCH].high
+    count = batching.sizes[-1] + 1 if high is None else min(batching.sizes[-1] + 1, int(high))
+    whole = reference_inputs(program, {**sizes, BATCH: count})
+
+    def once(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = program.run({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()})
+        return {name: value.detach().numpy() for name, value in found.items()}
+
+    signature = Signature((), tuple(program.output_names), batching=batching)
+    parts = signature.run({name: value.numpy() for name, value in whole.items()}, once)
+    expected = {name: value.detach() for name, value in program.run(whole).items()}
+    return largest_gap(program, whole, expected, parts)[1]

@@ -44,7 +44,7 @@ def read_parameters(model: Path) -> Iterator[np.ndarray]:
 
 
 class TvmSession:
-    """One model in TVM's virtual machine, at the sizes it was compiled for and those that are padded to them.
+    """One model in TVM's virtual machine, at the sizes it was compiled for and those that are padded or cut to them.
 
     Raises:
         ArtifactError: the library cannot be loaded on this machine.
@@ -75,12 +75,15 @@ class TvmSession:
         self._parameters = [self._tensor(array) for array in read_parameters(path)]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once.
+        """Run once, or once for each part of a batch that was not compiled for.
 
         Raises:
             DataError: an input has a size that the library was not compiled for, and is not padded to one.
 
         """
+        return self._signature.run(inputs, self._run_once)
+
+    def _run_once(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         call = self._signature.choose(inputs)
         given = [self._tensor(np.ascontiguousarray(array)) for array in call.inputs]
         parameters = [self._parameters[index] for index in call.function.parameters]

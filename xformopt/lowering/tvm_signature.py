@@ -1,4 +1,4 @@
-"""What a compiled library takes and returns: one function for each size it was compiled for, and who may be padded.
+"""What a compiled library takes and returns: a function for each size it was compiled for, what is padded or cut up.
 
 Needs numpy alone: a bundle carries this file to machines that have no xformopt.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from xformopt.errors import DataError
 
-__all__ = ["Call", "Function", "Padding", "Signature", "read_signature", "write_signature"]
+__all__ = ["Batching", "Call", "Function", "Padding", "Signature", "read_signature", "write_signature"]
 
 # beside the library
 _SUFFIX = ".json"
@@ -46,6 +46,30 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class Batching:
+    """How a batch of no compiled size is run in parts that have one.
+
+    Attributes:
+        inputs: Those that have an item for each place of their first axis; the others are the same for all.
+        sizes: The compiled ones, rising.
+
+    """
+
+    inputs: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def parts(self, count: int) -> list[tuple[int, int, int]]:
+        """Return start, items and compiled size of each part: as large as fits, the last filled up."""
+        found, start = [], 0
+        while start < count:
+            left = count - start
+            size = max((size for size in self.sizes if size <= left), default=self.sizes[0])
+            found.append((start, min(size, left), size))
+            start += size
+        return found
+
+
+@dataclass(frozen=True)
 class Call:
     """What to call: the function, its inputs in order, and the length that outputs are cut to, None: they are whole."""
 
@@ -58,18 +82,38 @@ class Call:
 class Signature:
     """All functions of a library, by rising size.
 
-    ``why_unpadded`` says why ``padding`` is None, where there is more than one size.
+    ``why_unpadded`` says why ``padding`` is None, where there is more than one length; ``why_whole`` says the same of
+    ``batching``, where there is more than one batch.
     """
 
     functions: tuple[Function, ...]
     outputs: tuple[str, ...]
     padding: Padding | None = None
     why_unpadded: str = ""
+    batching: Batching | None = None
+    why_whole: str = ""
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the inputs, in order."""
         return tuple(self.functions[0].inputs)
+
+    def run(
+        self, arrays: Mapping[str, np.ndarray], once: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Return what ``once`` makes of ``arrays``, or of the parts of a batch that has no function, put together."""
+        if self.batching is None:
+            return once(arrays)
+        count = len(arrays[self.batching.inputs[0]])
+        if count in self.batching.sizes or not count:
+            return once(arrays)
+        found = []
+        for start, items, size in self.batching.parts(count):
+            # what fills up a part is its last item once more
+            places = np.minimum(np.arange(start, start + size), count - 1)
+            part = {name: array[places] if name in self.batching.inputs else array for name, array in arrays.items()}
+            found.append({name: output[:items] for name, output in once(part).items()})
+        return {name: np.concatenate([part[name] for part in found]) for name in self.outputs}
 
     def choose(self, arrays: Mapping[str, np.ndarray]) -> Call:
         """Return the smallest function that takes ``arrays``, padded where that is allowed.
@@ -105,6 +149,7 @@ class Signature:
         name = next((name for name, shapes in taken.items() if list(arrays[name].shape) not in shapes), self.inputs[0])
         shapes = list(dict.fromkeys(map(str, taken[name])))
         why = f" Sizes in between are not padded: {self.why_unpadded}." if self.why_unpadded else ""
+        why += f" A batch is not run in parts: {self.why_whole}." if self.why_whole else ""
         return (
             f"{name} has the shape {list(arrays[name].shape)}, and the library was compiled for "
             f"{' and '.join(shapes)}.{why} Lower the model for these sizes."
@@ -131,7 +176,7 @@ def _padded(array: np.ndarray, shape: list[int], how: tuple[int, int] | None) ->
 def read_signature(model: Path) -> Signature:
     """Return the signature of the library ``model``."""
     stored: dict[str, Any] = json.loads(model.with_name(model.name + _SUFFIX).read_text(encoding="utf-8"))
-    padding = stored["padding"]
+    padding, batching = stored["padding"], stored.get("batching")
     return Signature(
         functions=tuple(Function(**each) for each in stored["functions"]),
         outputs=tuple(stored["outputs"]),
@@ -139,6 +184,8 @@ def read_signature(model: Path) -> Signature:
         if padding is None
         else Padding({name: (how[0], how[1]) for name, how in padding["inputs"].items()}, padding["outputs"]),
         why_unpadded=stored["why_unpadded"],
+        batching=None if batching is None else Batching(tuple(batching["inputs"]), tuple(batching["sizes"])),
+        why_whole=stored.get("why_whole", ""),
     )
 
 

@@ -151,8 +151,9 @@ class _Candidate:
 
 
 def _operands(function: Any) -> tuple[Any, ...]:
-    """Return arrays for the operands of a function: numbers for floats, ones for what is not, and for a panel of
-    weights, whose layout is the tile's.
+    """Return arrays for the operands of a function.
+
+    Numbers for floats; ones for what is not, for scales, and for panels of weights (``w...``), laid out for the tile.
     """
     import tvm
 
@@ -161,7 +162,7 @@ def _operands(function: Any) -> tuple[Any, ...]:
     for buffer in function.params:
         shape = [int(size) for size in buffer.shape]
         dtype = str(buffer.dtype)
-        if dtype != "float32" or str(buffer.name) == "w":
+        if dtype != "float32" or not shape or str(buffer.name).startswith("w"):
             array = np.ones(shape, dtype)
         else:
             array = generator.standard_normal(shape, np.float32)

@@ -11,7 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from xformopt.program.program import Program
 
-__all__ = ["call", "infer_value", "interpret"]
+__all__ = ["call", "evaluate", "infer_value", "interpret"]
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ def interpret(
         for node in program.graph.nodes:
             if node.op == "output":
                 break
-            values[node] = _evaluate(program, node, inputs, values)
+            values[node] = evaluate(program, node, inputs, values)
             if observe is not None:
                 observe(node, values[node])
             for argument in {*node.all_input_nodes}:
@@ -43,9 +43,8 @@ def interpret(
     return dict(zip(program.output_names, (values[node] for node in program.results), strict=True))
 
 
-def _evaluate(
-    program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], values: Mapping[fx.Node, Any]
-) -> Any:
+def evaluate(program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], values: Mapping[fx.Node, Any]) -> Any:
+    """Return the value of one node: an input, a parameter, or what its operator makes of ``values``."""
     if node.op == "placeholder":
         return inputs[str(node.target)]
     if node.op == "get_attr":

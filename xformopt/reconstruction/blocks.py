@@ -33,6 +33,7 @@ _MIXERS = frozenset(
         "xf::delta_rule",
         "xf::flow_attention",
         "xf::gated_linear_attention",
+        "xf::hamming_attention",
         "xf::linear_attention",
         "xf::local_attention",
         "xf::mra_attention",
