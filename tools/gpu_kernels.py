@@ -21,8 +21,9 @@ Choose = Callable[[Mapping[str, Trial]], dict[str, Any]]
 # relative L2 against float64
 TOLERANCE = {SINGLE: 1e-5, HALF: 1e-2}
 # operators with a section of their own
-_APART = ("attention", "attention_packed", "block_sparse_attention", "retention", "ssd", "linear_attention")
-ROWS = tuple(case for case in CASES if case.operator not in (*_APART, "gated_linear_attention"))
+_APART = {"attention", "attention_packed", "block_sparse_attention", "retention", "ssd", "linear_attention"}
+_APART |= {"gated_linear_attention", "delta_rule", "delta_rule_resumed"}
+ROWS = tuple(case for case in CASES if case.operator not in _APART)
 # times the sequences of a case: what is moved is then larger than the cache
 WIDER = 32
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from xformopt.kernels.definition import load_operators
 from xformopt.kernels.triton_form import Trial, load_kernels, use_tiles
 
-__all__ = ["LENGTHS", "WIDTHS", "attention_flops", "attention_jobs", "recurrent_jobs"]
+__all__ = ["LENGTHS", "WIDTHS", "attention_flops", "attention_jobs", "recurrent_jobs", "unit_heads"]
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 WIDTHS = (64, 128)
@@ -24,7 +24,7 @@ WIDTHS = (64, 128)
 TOKENS, CHANNELS = 32768, 2048
 # the plain formula holds every logit: of one sequence up to this length
 _MOST_PLAIN = 4096
-RECURRENCES = ("gated_linear_attention", "retention", "linear_attention", "ssd")
+RECURRENCES = ("gated_linear_attention", "retention", "linear_attention", "ssd", "delta_rule")
 
 Call = Callable[[], object]
 Choose = Callable[[Mapping[str, Trial]], dict[str, Any]]
@@ -112,8 +112,16 @@ def recurrent_operands(
     if operator == "linear_attention":
         return (q, k, v), {"heads": heads, "causal": True}
     width = q.shape[2] // heads
+    if operator == "delta_rule":
+        return (q, unit_heads(k, heads), v, decays[..., :heads].exp()), {"heads": heads}
     steps, rate = decays[..., :heads].neg(), -torch.ones(heads, device=q.device)
     return (v, steps, rate, k[..., :width], q[..., :width]), {"heads": heads}
+
+
+def unit_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Bring each head of ``[B, T, C]`` to length one."""
+    parts: torch.Tensor = x.unflatten(2, (heads, -1))
+    return functional.normalize(parts, dim=-1).flatten(2)
 
 
 def _flash_linear_attention(operator: str, apart: list[torch.Tensor], decays: torch.Tensor) -> Call | None:
@@ -125,6 +133,11 @@ def _flash_linear_attention(operator: str, apart: list[torch.Tensor], decays: to
         from fla.ops.gla import chunk_gla
 
         return lambda: chunk_gla(q, k, v, decays)
+    if operator == "delta_rule":
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        unit, rates = functional.normalize(k, dim=-1), decays[..., 0].exp().contiguous()
+        return lambda: chunk_delta_rule(q, unit, v, rates, scale=1.0)
     if operator == "retention":
         from fla.ops.simple_gla import chunk_simple_gla
 

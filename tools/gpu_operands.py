@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from kernel_cases import Case
+from torch.nn import functional
 
 from xformopt.kernels.definition import load_operators
 
@@ -143,6 +144,13 @@ def _decays(place: int) -> Callable[[list[Any]], list[Any]]:
     return lambda operands: [-0.1 * x.abs() if at == place else x for at, x in enumerate(operands)]
 
 
+def _unit_keys(operands: list[Any]) -> list[Any]:
+    """Keys of length one in each head, and rates up to 2, as with negative eigenvalues."""
+    q, k, v, beta, *state = operands
+    heads: torch.Tensor = k.unflatten(-1, (beta.shape[-1], -1))
+    return [q, functional.normalize(heads, dim=-1).flatten(-2), v, 2 * beta.sigmoid(), *state]
+
+
 _ADJUST: dict[str, Callable[[list[Any]], list[Any]]] = {
     "attention_packed": _packed,
     "merge_tokens": _merged,
@@ -153,4 +161,6 @@ _ADJUST: dict[str, Callable[[list[Any]], list[Any]]] = {
     "quantized_linear": _integers,
     "retention": _decays(3),
     "gated_linear_attention": _decays(3),
+    "delta_rule": _unit_keys,
+    "delta_rule_resumed": _unit_keys,
 }

@@ -138,7 +138,17 @@ _SSD = (
 _CHANNELS, _STATES = ((4, 512, 1536), HALF), ((4, 512, 16), HALF)
 _SCAN = (_CHANNELS, _CHANNELS, ((1536, 16), SINGLE), _STATES, _STATES, ((1536,), HALF))
 _SINGLE = ((4, 512, 768), SINGLE)
+_KEYS, _BETA = ((4, 512, 1024), HALF), ((4, 512, 8), HALF)
 _RECURRENT = (
+    Case("delta_rule", "bf16, 64 wide", (_X, _X, _X, ((4, 512, 12), HALF)), {"heads": 12}),
+    Case("delta_rule", "bf16, 128 wide", (_KEYS, _KEYS, _KEYS, _BETA), {"heads": 8}),
+    Case("delta_rule", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, ((4, 512, 12), SINGLE)), {"heads": 12}),
+    Case(
+        "delta_rule_resumed",
+        "bf16, 128 wide",
+        (_KEYS, _KEYS, _KEYS, _BETA, ((4, 8, 128, 128), HALF)),
+        {"heads": 8},
+    ),
     Case("retention", "bf16, 64 wide", (_X, _X, _X, ((12,), SINGLE)), {"heads": 12}),
     Case("retention", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, ((12,), SINGLE)), {"heads": 12}),
     Case("ssd", "bf16, states of 128 by 64", _SSD, {"heads": 24}),

@@ -43,6 +43,7 @@ _RECURRENCES = (
     "rwkv",
     "manhattan_attention",
     "delta_rule",
+    "delta_rule_resumed",
 )
 # layers that are no operators of the dialect
 _LAYERS = (aten.embedding.default, aten.convolution.default)

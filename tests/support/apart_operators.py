@@ -15,6 +15,7 @@ TESTED_APART = {
     "changed_tokens",
     "combiner_attention",
     "delta_rule",
+    "delta_rule_resumed",
     "entmax_attention",
     "fake_quantize",
     "fake_quantize_float",
