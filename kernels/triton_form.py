@@ -86,6 +86,16 @@ class Plan:
     result: Any
     scratch: tuple[torch.Tensor, ...] = ()
 
+    @property
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """The result as a tuple."""
+        return self.result if isinstance(self.result, tuple) else (self.result,)
+
+    def spoil(self) -> None:
+        """Fill what launches write with NaN, and integers with -1: what they leave out shows in the result."""
+        for tensor in (*self.results, *self.scratch):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
     def run(self) -> Any:
         """Launch everything and return the result."""
         for launch in self.launches:

@@ -22,7 +22,7 @@ Choose = Callable[[Mapping[str, Trial]], dict[str, Any]]
 TOLERANCE = {SINGLE: 1e-5, HALF: 1e-2}
 # operators with a section of their own
 _APART = {"attention", "attention_packed", "block_sparse_attention", "retention", "ssd", "linear_attention"}
-_APART |= {"gated_linear_attention", "delta_rule", "delta_rule_resumed"}
+_APART |= {"gated_linear_attention", "delta_rule", "delta_rule_resumed", "entmax_attention"}
 ROWS = tuple(case for case in CASES if case.operator not in _APART)
 # times the sequences of a case: what is moved is then larger than the cache
 WIDER = 32
@@ -65,11 +65,9 @@ def check_case(case: Case, dtype: torch.dtype, device: str, tune: Choose) -> dic
 
 
 def _run(plan: Any) -> tuple[torch.Tensor, ...]:
-    results = plan.result if isinstance(plan.result, tuple) else (plan.result,)
-    for tensor in (*results, *plan.scratch):
-        tensor.fill_(float("nan"))
+    plan.spoil()
     plan.run()
-    return tuple(result.clone() for result in results)
+    return tuple(result.clone() for result in plan.results)
 
 
 def row_jobs(peaks: Peaks, tune: Choose) -> Iterator[Job]:

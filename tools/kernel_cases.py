@@ -75,12 +75,17 @@ _ATTENTION = (
     _packed(HALF, 128, causal=True),
 )
 
-_X = ((4, 512, 768), HALF)
+_X, _SINGLE = ((4, 512, 768), HALF), ((4, 512, 768), SINGLE)
 _SPARSE = Case(
     "block_sparse_attention",
     "blocks of 64, causal, bf16, 64 wide",
     (_X, _X, _X, ((1, 8, 8), torch.bool)),
     {"heads": 12, "scale": 0.125, "block": 64, "causal": True},
+)
+_ENTMAX = (
+    Case("entmax_attention", "causal, bf16, 64 wide", (_X, _X, _X), {"heads": 12, "scale": 0.125, "causal": True}),
+    Case("entmax_attention", "key mask, bf16, 128 wide", (_X, _X, _X, _MASK), {"heads": 6, "scale": 0.0884}),
+    Case("entmax_attention", "fp32, alpha 1.25, 64 wide", (_SINGLE,) * 3, {"heads": 12, "scale": 0.125, "alpha": 1.25}),
 )
 _WEIGHT = ((768,), HALF)
 _INDEX = torch.int64
@@ -137,7 +142,6 @@ _SSD = (
 )
 _CHANNELS, _STATES = ((4, 512, 1536), HALF), ((4, 512, 16), HALF)
 _SCAN = (_CHANNELS, _CHANNELS, ((1536, 16), SINGLE), _STATES, _STATES, ((1536,), HALF))
-_SINGLE = ((4, 512, 768), SINGLE)
 _KEYS, _BETA = ((4, 512, 1024), HALF), ((4, 512, 8), HALF)
 _RECURRENT = (
     Case("delta_rule", "bf16, 64 wide", (_X, _X, _X, ((4, 512, 12), HALF)), {"heads": 12}),
@@ -159,4 +163,4 @@ _RECURRENT = (
     Case("gated_linear_attention", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, _SINGLE), {"heads": 12}),
 )
 
-CASES: tuple[Case, ...] = (*_ATTENTION, _SPARSE, *_ROWS, *_LINEAR, *_RECURRENT)
+CASES: tuple[Case, ...] = (*_ATTENTION, _SPARSE, *_ENTMAX, *_ROWS, *_LINEAR, *_RECURRENT)

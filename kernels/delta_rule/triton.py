@@ -37,7 +37,7 @@ def resumed(
     heads: int,
     scale: float,
 ) -> Plan:
-    """Plan the rule from ``state``, ``[B, heads, D, E]``, and the state it leaves; None: from zeros, and leaves none."""
+    """Plan the rule from ``state``, ``[B, heads, D, E]``, and the state it leaves; None: from zeros, leaving none."""
     from xformopt.kernels.triton_delta import delta_states, delta_systems
 
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))

@@ -55,9 +55,7 @@ def computed(name: str, *operands: Any, **options: Any) -> Any:
     kernel = load_kernels()[name]
     assert kernel.accepts(*operands, **options) is None
     plan = kernel.plan(*operands, **options)
-    results = plan.result if isinstance(plan.result, tuple) else (plan.result,)
-    for tensor in (*results, *plan.scratch):
-        tensor.fill_(float("nan"))
+    plan.spoil()
     # what is infinite is so on a GPU too, without a warning
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         return plan.run()
