@@ -1,10 +1,10 @@
 """Triton kernel of entmax attention that leaves out keys whose weights are zero, a block of them at a time.
 
-A row's weights are ``max(s - t, 0) ** POWER`` of its scaled scores ``s`` with the threshold ``t`` at which they sum up to
-one.  As in AdaSplash (Goncalves et al., arXiv 2502.12082) it is found by Halley's method inside of a bracket, walking over
-the keys once a step, and values are read at the end.  The lower end of the bracket, first the largest score less one, only
-rises, so a block of keys that lies below it in every row of the program never counts again: the program keeps a list of
-the blocks that may.
+A row's weights are ``max(s - t, 0) ** POWER`` of its scaled scores ``s`` with the threshold ``t`` at which they sum up
+to one.  As in AdaSplash (Goncalves et al., arXiv 2502.12082) it is found by Halley's method inside of a bracket,
+walking over the keys once a step, and values are read at the end.  The lower end of the bracket, first the largest
+score less one, only rises, so a block of keys that lies below it in every row of the program never counts again: the
+program keeps a list of the blocks that may.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"

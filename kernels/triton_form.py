@@ -92,9 +92,9 @@ class Plan:
         return self.result if isinstance(self.result, tuple) else (self.result,)
 
     def spoil(self) -> None:
-        """Fill what launches write with NaN, and integers with -1: what they leave out shows in the result."""
+        """Fill what launches write with NaN, and integers with their largest: what is left out shows in the result."""
         for tensor in (*self.results, *self.scratch):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     def run(self) -> Any:
         """Launch everything and return the result."""
@@ -158,12 +158,14 @@ class Kernel:
         plan: Takes the arguments of the operator, on any device; allocates the result, launches nothing.
         accepts: Takes the same (fake tensors, maybe of symbolic sizes); says why there is no kernel for them.
         trial: Takes the same; the choice of tiles they lead to.  None: the kernel has no choice.
+        capability: The least compute capability of a GPU that runs it.
 
     """
 
     plan: Callable[..., Plan]
     accepts: Callable[..., Verdict]
     trial: Callable[..., Trial] | None = None
+    capability: tuple[int, int] = (8, 0)
 
 
 @cache

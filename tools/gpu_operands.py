@@ -134,6 +134,15 @@ def _few_bits(operands: list[Any]) -> list[Any]:
     return [x, codes, scale.abs() * 0.01 + 0.001, *rest]
 
 
+def _floats(operands: list[Any]) -> list[Any]:
+    """Codes that are numbers; tokens whose range is a power of two, so that float64 rounds them as a GPU does."""
+    x, codes, scale, *rest = operands
+    x = (x / 4).clamp(-1, 1)
+    x[..., 0] = 448 / 512
+    given = scale.abs() * 0.01 + 0.001 if scale.is_floating_point() else scale % 8 + 116
+    return [x.clamp(-448 / 512, 448 / 512), torch.where(codes % 128 == 127, 0, codes).to(codes.dtype), given, *rest]
+
+
 def _integers(operands: list[Any]) -> list[Any]:
     x, codes, scale, bias, x_scale, x_zero = operands
     return [x, codes, scale.abs() * 0.01 + 0.001, bias, x_scale * 0 + _STEP, x_zero * 0 + 128]
@@ -158,6 +167,8 @@ _ADJUST: dict[str, Callable[[list[Any]], list[Any]]] = {
     "ssd": _steps,
     "selective_scan": _steps,
     "weight_only_linear": _few_bits,
+    "float_weight_linear": _floats,
+    "float8_linear": _floats,
     "quantized_linear": _integers,
     "retention": _decays(3),
     "gated_linear_attention": _decays(3),

@@ -108,7 +108,7 @@ _ROWS = (
 )
 
 _BYTES, _WIDE = torch.uint8, ((3072,), HALF)
-_SCALES = ((3072, 12), HALF)
+_SCALES, _CODES = ((3072, 12), HALF), ((3072, 1, 768), _BYTES)
 _LINEAR = (
     Case("linear_activation", "bf16, gelu", (_X, ((3072, 768), HALF), _WIDE), {"function": "gelu"}),
     Case(
@@ -125,6 +125,15 @@ _LINEAR = (
         {"bits": 4},
     ),
     Case("weight_only_linear", "int8, bf16", (_X, ((3072, 12, 64), _BYTES), _SCALES), {"bits": 8}),
+    Case("float_weight_linear", "E4M3, bf16", (_X, _CODES, ((3072, 1), HALF)), {"format": "fp8_e4m3"}),
+    Case(
+        "float_weight_linear",
+        "E2M1 in groups of 32, bf16",
+        (_X, ((3072, 24, 16), _BYTES), ((3072, 24), _BYTES)),
+        {"format": "fp4_e2m1"},
+    ),
+    Case("float8_linear", "one scale a channel, bf16", (_X, _CODES, ((3072, 1), HALF), None, _WIDE)),
+    Case("float8_linear", "groups of 64, bf16", (_X, ((3072, 12, 64), _BYTES), ((3072, 12), _BYTES))),
     Case(
         "quantized_linear",
         "int8, bf16",

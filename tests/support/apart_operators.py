@@ -19,6 +19,7 @@ TESTED_APART = {
     "entmax_attention",
     "fake_quantize",
     "fake_quantize_float",
+    "float8_linear",
     "float_weight_linear",
     "flow_attention",
     "gated_linear_attention",
