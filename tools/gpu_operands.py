@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from xformopt.kernels.definition import load_operators
 
-__all__ = ["Cost", "Peaks", "cost_of", "in_double", "operands_of_case", "widened"]
+__all__ = ["Cost", "Peaks", "bytes_of", "cost_of", "in_double", "operands_of_case", "widened"]
 
 SEED = 11
 # codes of 8 bits that most activations lie between
@@ -77,7 +77,12 @@ def cost_of(case: Case, args: list[Any], options: dict[str, Any], result: Any) -
         flops *= seen / (T * S)
     results = result if isinstance(result, tuple) else (result,)
     tensors = [value for value in (*args, *options.values(), *results) if isinstance(value, torch.Tensor)]
-    return Cost(flops, float(sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+    return Cost(flops, bytes_of(*tensors))
+
+
+def bytes_of(*tensors: torch.Tensor) -> float:
+    """Return the bytes of all elements."""
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
 def in_double(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from xformopt.kernels.linear_activation.triton import refusal
-from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, power_of_two, rows_of, tiles
+from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, power_of_two, room_for, rows_of, tiles
 
 __all__ = ["KERNEL"]
 
@@ -52,14 +52,14 @@ def _plan(
     from xformopt.kernels.triton_floats import float8_products, round_rows
 
     lines, inputs, (outputs, groups, size) = rows_of(x, x.shape[-1]), x.shape[-1], weight.shape
-    rows, out = lines.shape[0], x.new_empty(*x.shape[:-1], outputs)
+    rows, (out, result) = lines.count, room_for(x, *x.shape[:-1], outputs)
     codes, steps = x.new_empty(rows, inputs, dtype=torch.uint8), x.new_empty(rows, dtype=torch.float32)
     wide = power_of_two(inputs)
     height = max(1, _NUMBERS // wide)
     rounding = Launch(
         round_rows,
         (tiles(rows, height),),
-        {"x": lines, "codes": codes, "scale": steps, "rows": rows, "x_row": lines.stride(0)},
+        {"x": lines.data, "codes": codes, "scale": steps, "rows": rows, "x_row": lines.stride},
         {"WIDTH": inputs, "R": height, "WIDE": wide},
         4 if wide <= _NUMBERS else 8,
         1,
@@ -71,7 +71,7 @@ def _plan(
     }
     grid = (tiles(rows, block["M"]) * tiles(outputs, block["N"]),)
     product = Launch(float8_products, grid, arguments, {"SIZE": size, "GROUPS": groups, **block}, 4, 3)
-    return Plan((rounding, product), out, (codes, steps))
+    return Plan((rounding, product), result, (codes, steps))
 
 
 KERNEL = Kernel(_plan, _accepts, capability=_CAPABILITY)

@@ -8,7 +8,7 @@ import torch
 
 from xformopt.kernels.float_formats import FORMATS
 from xformopt.kernels.linear_activation.triton import refusal
-from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, rows_of, tiles
+from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, room_for, rows_of, tiles
 from xformopt.kernels.weight_only_linear.triton import LEAST, is_few, step_of
 
 __all__ = ["KERNEL"]
@@ -48,16 +48,16 @@ def _plan(
 
     found, lines, inputs = FORMATS[format], rows_of(x, x.shape[-1]), x.shape[-1]
     outputs, groups, _ = weight.shape
-    out = x.new_empty(*x.shape[:-1], outputs)
+    out, result = room_for(x, *x.shape[:-1], outputs)
     size = inputs // groups
-    block = {"M": 16 if is_few(lines.shape[0]) else 64, "N": 64, "K": step_of(size)}
+    block = {"M": 16 if is_few(lines.count) else 64, "N": 64, "K": step_of(size)}
     arguments = {
-        **{"x": lines, "weight": weight.contiguous(), "scale": scale.contiguous(), "base": base, "bias": bias},
-        **{"out": out, "rows": lines.shape[0], "outputs": outputs, "inputs": inputs, "x_row": lines.stride(0)},
+        **{"x": lines.data, "weight": weight.contiguous(), "scale": scale.contiguous(), "base": base, "bias": bias},
+        **{"out": out, "rows": lines.count, "outputs": outputs, "inputs": inputs, "x_row": lines.stride},
     }
-    grid = (tiles(lines.shape[0], block["M"]) * tiles(outputs, block["N"]),)
+    grid = (tiles(lines.count, block["M"]) * tiles(outputs, block["N"]),)
     constants = {"BITS": found.bits, "MANTISSA": found.mantissa, "BIAS": found.bias, "SIZE": size, **block}
-    return Plan((Launch(float_codes_linear, grid, arguments, constants, 4, 3),), out)
+    return Plan((Launch(float_codes_linear, grid, arguments, constants, 4, 3),), result)
 
 
 KERNEL = Kernel(_plan, _accepts)

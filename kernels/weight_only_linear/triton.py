@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from xformopt.kernels.linear_activation.triton import refusal
-from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, rows_of, tiles
+from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, room_for, rows_of, tiles
 
 __all__ = ["KERNEL", "LEAST", "is_few", "step_of"]
 
@@ -53,19 +53,19 @@ def _plan(
     from xformopt.kernels.triton_matmul import packed_linear
 
     lines, (outputs, groups, _), inputs = rows_of(x, x.shape[-1]), weight.shape, x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], outputs)
+    out, result = room_for(x, *x.shape[:-1], outputs)
     size = inputs // groups
     # few rows: the weights are what takes time, and many programs read them
-    block = {"M": 16 if is_few(lines.shape[0]) else 64, "N": 64, "K": step_of(size)}
+    block = {"M": 16 if is_few(lines.count) else 64, "N": 64, "K": step_of(size)}
     arguments = {
-        **{"x": lines, "weight": weight.contiguous(), "scale": scale.contiguous()},
+        **{"x": lines.data, "weight": weight.contiguous(), "scale": scale.contiguous()},
         **{"zero": None if zero is None else zero.contiguous(), "bias": bias, "out": out},
-        **{"rows": lines.shape[0], "outputs": outputs, "inputs": inputs, "x_row": lines.stride(0)},
+        **{"rows": lines.count, "outputs": outputs, "inputs": inputs, "x_row": lines.stride},
         "zero_row": 0 if zero is None else zero.shape[1],
     }
-    grid = (tiles(lines.shape[0], block["M"]) * tiles(outputs, block["N"]),)
+    grid = (tiles(lines.count, block["M"]) * tiles(outputs, block["N"]),)
     constants = {"BITS": bits, "SIZE": size, **block}
-    return Plan((Launch(packed_linear, grid, arguments, constants, 4, 3),), out)
+    return Plan((Launch(packed_linear, grid, arguments, constants, 4, 3),), result)
 
 
 def is_few(rows: Any) -> bool:
