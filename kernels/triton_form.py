@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,11 +28,13 @@ __all__ = [
     "Kernel",
     "Launch",
     "Plan",
+    "Rows",
     "Tile",
     "Trial",
     "Verdict",
     "load_kernels",
     "power_of_two",
+    "room_for",
     "rows_of",
     "tile_of",
     "tiles",
@@ -85,6 +88,16 @@ class Plan:
     launches: tuple[Launch, ...]
     result: Any
     scratch: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """The result as a tuple."""
+        return self.result if isinstance(self.result, tuple) else (self.result,)
+
+    def spoil(self) -> None:
+        """Fill what launches write with NaN, and integers with their largest: what is left out shows in the result."""
+        for tensor in (*self.results, *self.scratch):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     def run(self) -> Any:
         """Launch everything and return the result."""
@@ -148,12 +161,14 @@ class Kernel:
         plan: Takes the arguments of the operator, on any device; allocates the result, launches nothing.
         accepts: Takes the same (fake tensors, maybe of symbolic sizes); says why there is no kernel for them.
         trial: Takes the same; the choice of tiles they lead to.  None: the kernel has no choice.
+        capability: The least compute capability of a GPU that runs it.
 
     """
 
     plan: Callable[..., Plan]
     accepts: Callable[..., Verdict]
     trial: Callable[..., Trial] | None = None
+    capability: tuple[int, int] = (8, 0)
 
 
 @cache
@@ -191,7 +206,31 @@ def tiles(size: Any, tile: int) -> Any:
     return (size + tile - 1) // tile
 
 
-def rows_of(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Return ``x`` as ``[rows, width]`` with adjacent columns: a view where its layout allows it."""
+def room_for(x: torch.Tensor, *shape: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a new tensor for a kernel to write rows to, and the same as a result of ``shape``.
+
+    What is written has two axes: of as many tokens as only the data tells, strides of three are compared in vain by
+    Inductor, which then writes to a copy.
+    """
+    rows = x.new_empty(math.prod(shape[:-1]), shape[-1])
+    return rows, rows.view(shape)
+
+
+class Rows(NamedTuple):
+    """Rows of adjacent columns: where they lie, how many they are, and how far apart; the last two may be symbolic."""
+
+    data: torch.Tensor
+    count: Any
+    stride: Any
+
+
+def rows_of(x: torch.Tensor, width: Any) -> Rows:
+    """Return the rows of ``width`` columns that ``x`` is made of: itself, a view, or a copy where it must be.
+
+    A tensor without gaps is not viewed anew: of as many tokens as only the data tells, Inductor would copy it.
+    """
+    if x.is_contiguous():
+        return Rows(x, x.numel() // width, width)
     rows = x.reshape(-1, width)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return Rows(rows, rows.shape[0], rows.stride(0))

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from xformopt.kernels.triton_rows import activate
 
-__all__ = ["float_linear", "integer_linear", "packed_linear"]
+__all__ = ["block_of", "finish", "float_linear", "integer_linear", "packed_linear"]
 
 # float32 products in three products of tensor cores: 22 bits instead of the 10 of one
 _PRECISION = tl.constexpr("tf32x3")
@@ -24,7 +24,7 @@ _ROUNDING = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _block(rows, outputs, M: tl.constexpr, N: tl.constexpr):
+def block_of(rows, outputs, M: tl.constexpr, N: tl.constexpr):
     """Return the rows and the output channels of this program."""
     across, down = tl.cdiv(outputs, N), tl.cdiv(rows, M)
     program = tl.program_id(0)
@@ -35,7 +35,7 @@ def _block(rows, outputs, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _finish(sums, bias, out, numbers, channels, rows, outputs, FUNCTION: tl.constexpr):
+def finish(sums, bias, out, numbers, channels, rows, outputs, FUNCTION: tl.constexpr):
     """Add the bias, apply the function and write; ``FUNCTION`` may be empty."""
     is_channel = channels < outputs
     if bias is not None:
@@ -62,7 +62,7 @@ def float_linear(
     K: tl.constexpr,
 ):
     """``FUNCTION(x weight^T + bias)``: rows of x ``x_row`` apart, weight ``[outputs, inputs]`` contiguous."""
-    numbers, channels = _block(rows, outputs, M, N)
+    numbers, channels = block_of(rows, outputs, M, N)
     steps = tl.arange(0, K)
     # what lies behind the end is read from the start, and not written
     left = x + (numbers % rows).to(tl.int64)[:, None] * x_row + steps[None, :]
@@ -73,7 +73,7 @@ def float_linear(
         a = tl.load(left + start, mask=is_step[None, :], other=0.0)
         b = tl.load(right + start, mask=is_step[:, None], other=0.0)
         sums = tl.dot(a, b, sums, input_precision=_PRECISION)
-    _finish(sums, bias, out, numbers, channels, rows, outputs, FUNCTION)
+    finish(sums, bias, out, numbers, channels, rows, outputs, FUNCTION)
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def packed_linear(
         K: Input channels of a step, which divides ``SIZE``.
 
     """
-    numbers, channels = _block(rows, outputs, M, N)
+    numbers, channels = block_of(rows, outputs, M, N)
     steps = tl.arange(0, K)
     row = (channels % outputs).to(tl.int64)
     groups = inputs // SIZE
@@ -141,7 +141,7 @@ def packed_linear(
         factor = tl.load(scale + row * groups + group).to(tl.float32)
         values = ((codes.to(tl.float32) - shift[:, None]) * factor[:, None]).to(x.dtype.element_ty)
         sums = tl.dot(tl.load(left + start), tl.trans(values), sums, input_precision=_PRECISION)
-    _finish(sums, bias, out, numbers, channels, rows, outputs, "")
+    finish(sums, bias, out, numbers, channels, rows, outputs, "")
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def integer_linear(
         K: Input channels of a step.
 
     """
-    numbers, channels = _block(rows, outputs, M, N)
+    numbers, channels = block_of(rows, outputs, M, N)
     steps = tl.arange(0, K)
     step = tl.load(x_scale).to(tl.float32)
     middle = tl.load(x_zero).to(tl.int32)
@@ -204,4 +204,4 @@ def integer_linear(
         weights += tl.sum(b.to(tl.int32), 0)
     sums += ((128 - middle) * weights)[None, :]
     worth = step * tl.load(scale + channels, mask=channels < outputs, other=0.0).to(tl.float32)
-    _finish(sums.to(tl.float32) * worth[None, :], bias, out, numbers, channels, rows, outputs, "")
+    finish(sums.to(tl.float32) * worth[None, :], bias, out, numbers, channels, rows, outputs, "")

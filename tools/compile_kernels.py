@@ -89,23 +89,27 @@ def measure(launch: Launch, architecture: int, bits: int = 32) -> dict[str, int]
     }
 
 
-def launches(only: str = "") -> Iterator[tuple[str, Launch]]:
-    """Yield every launch of every case, named by its operator, what is special of it, and the kernel."""
+def launches(only: str = "") -> Iterator[tuple[str, Launch, tuple[int, ...]]]:
+    """Yield every launch of every case and the architectures that run it.
+
+    It is named by its operator, what is special of it, and the kernel.
+    """
     kernels = load_kernels()
     for case in CASES:
         operands, options = operands_of(case)
-        plan = kernels[case.operator].plan(*operands, **options)
-        for launch in plan.launches:
+        kernel = kernels[case.operator]
+        architectures = tuple(one for one in ARCHITECTURES if divmod(one, 10) >= kernel.capability)
+        for launch in kernel.plan(*operands, **options).launches:
             name = f"{case.operator}: {case.name}: {launch.kernel.fn.__name__}"
             if only in name:
-                yield name, launch
+                yield name, launch, architectures
 
 
 def measure_all(only: str = "") -> dict[str, dict[str, int]]:
     """Return what every launch takes, by name and architecture."""
     found = {}
-    for name, launch in launches(only):
-        for architecture in ARCHITECTURES:
+    for name, launch, architectures in launches(only):
+        for architecture in architectures:
             found[f"{name}: sm_{architecture}"] = measure(launch, architecture)
             print(f"{name}: sm_{architecture}", found[f"{name}: sm_{architecture}"], flush=True)
     return found
@@ -114,7 +118,7 @@ def measure_all(only: str = "") -> dict[str, dict[str, int]]:
 def check_wide(only: str = "") -> None:
     """Compile every kernel, and its first case, with numbers of 64 bits; Triton raises where a type then changes."""
     seen: set[str] = set()
-    for name, launch in launches(only):
+    for name, launch, _ in launches(only):
         if (kernel := launch.kernel.fn.__name__) not in seen:
             seen.add(kernel)
             print(name, measure(launch, ARCHITECTURES[-1], bits=64), flush=True)

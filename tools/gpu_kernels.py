@@ -20,9 +20,12 @@ Choose = Callable[[Mapping[str, Trial]], dict[str, Any]]
 
 # relative L2 against float64
 TOLERANCE = {SINGLE: 1e-5, HALF: 1e-2}
+# where tensor cores keep sums of products in fewer bits than float32 has, whatever the operands are in
+COARSER = {"float8_linear": 1e-3}
 # operators with a section of their own
-_APART = ("attention", "attention_packed", "block_sparse_attention", "retention", "ssd", "linear_attention")
-ROWS = tuple(case for case in CASES if case.operator not in (*_APART, "gated_linear_attention"))
+_APART = {"attention", "attention_packed", "block_sparse_attention", "retention", "ssd", "linear_attention"}
+_APART |= {"gated_linear_attention", "delta_rule", "delta_rule_resumed", "entmax_attention"}
+ROWS = tuple(case for case in CASES if case.operator not in _APART)
 # times the sequences of a case: what is moved is then larger than the cache
 WIDER = 32
 
@@ -46,6 +49,8 @@ def check_case(case: Case, dtype: torch.dtype, device: str, tune: Choose) -> dic
     kernel = load_kernels()[case.operator]
     if (reason := kernel.accepts(*args, **options)) is not None:
         return {"not_taken": reason}
+    if device == "cuda" and torch.cuda.get_device_capability() < kernel.capability:
+        return {"not_taken": f"the GPU is older than {kernel.capability}"}
     trial = kernel.trial(*args, **options) if kernel.trial is not None else None
     with use_tiles(tune({trial.key: trial}) if trial is not None else {}):
         runs = [_run(kernel.plan(*args, **options)) for _ in range(2)]
@@ -58,17 +63,16 @@ def check_case(case: Case, dtype: torch.dtype, device: str, tune: Choose) -> dic
         for found, wanted in zip(runs[0], expected, strict=True)
     ]
     is_same = all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
-    if not is_same or not all(gap <= TOLERANCE[dtype] for gap in gaps):
-        raise ValueError(f"relative L2 of {gaps}, where {TOLERANCE[dtype]} is allowed; run to run equal: {is_same}")
-    return {"relative_l2": max(gaps), "allowed": TOLERANCE[dtype], "same_from_run_to_run": is_same}
+    allowed = max(TOLERANCE[dtype], COARSER.get(case.operator, 0.0))
+    if not is_same or not all(gap <= allowed for gap in gaps):
+        raise ValueError(f"relative L2 of {gaps}, where {allowed} is allowed; run to run equal: {is_same}")
+    return {"relative_l2": max(gaps), "allowed": allowed, "same_from_run_to_run": is_same}
 
 
 def _run(plan: Any) -> tuple[torch.Tensor, ...]:
-    results = plan.result if isinstance(plan.result, tuple) else (plan.result,)
-    for tensor in (*results, *plan.scratch):
-        tensor.fill_(float("nan"))
+    plan.spoil()
     plan.run()
-    return tuple(result.clone() for result in results)
+    return tuple(result.clone() for result in plan.results)
 
 
 def row_jobs(peaks: Peaks, tune: Choose) -> Iterator[Job]:

@@ -9,14 +9,27 @@ from typing import Any
 import torch
 from gpu_clock import milliseconds
 from gpu_file import Job
-from gpu_operands import Peaks
+from gpu_operands import Cost, Peaks, bytes_of
 from kernel_cases import HALF
 from torch.nn import functional
 
 from xformopt.kernels.definition import load_operators
 from xformopt.kernels.triton_form import Trial, load_kernels, use_tiles
 
-__all__ = ["LENGTHS", "WIDTHS", "attention_flops", "attention_jobs", "recurrent_jobs"]
+__all__ = [
+    "CHANNELS",
+    "LENGTHS",
+    "TOKENS",
+    "WIDTHS",
+    "Call",
+    "Choose",
+    "attention_flops",
+    "attention_jobs",
+    "gap",
+    "recurrent_jobs",
+    "timed",
+    "unit_heads",
+]
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 WIDTHS = (64, 128)
@@ -24,7 +37,7 @@ WIDTHS = (64, 128)
 TOKENS, CHANNELS = 32768, 2048
 # the plain formula holds every logit: of one sequence up to this length
 _MOST_PLAIN = 4096
-RECURRENCES = ("gated_linear_attention", "retention", "linear_attention", "ssd")
+RECURRENCES = ("gated_linear_attention", "retention", "linear_attention", "ssd", "delta_rule")
 
 Call = Callable[[], object]
 Choose = Callable[[Mapping[str, Trial]], dict[str, Any]]
@@ -66,9 +79,9 @@ def _attention(peaks: Peaks, choose: Choose, width: int, length: int, causal: bo
     expected = torch_own().transpose(1, 2).flatten(2)
     flops = attention_flops(B, length, H, width, causal)
     with use_tiles(tiles):
-        gap = _gap(kernel.plan(q, k, v, **options).run(), expected)
-        timed = _timed(systems, flops, peaks)
-    return {"batch": B, "heads": H, "tile": list(tiles[trial.key]), "relative_l2_to_sdpa": gap, **timed}
+        distance = gap(kernel.plan(q, k, v, **options).run(), expected)
+        found = timed(systems, Cost(flops, bytes_of(q, k, v, q)), peaks)
+    return {"batch": B, "heads": H, "tile": list(tiles[trial.key]), "relative_l2_to_sdpa": distance, **found}
 
 
 def recurrent_jobs(peaks: Peaks) -> Iterator[Job]:
@@ -98,7 +111,7 @@ def _recurrent(peaks: Peaks, operator: str, width: int, length: int) -> dict[str
     if (rival := _flash_linear_attention(operator, apart, decays.unflatten(2, (H, width)))) is not None:
         systems["flash-linear-attention"] = rival
     flops = float(load_operators()[operator].flops(*args, **options))
-    return {"batch": B, "heads": H, **_timed(systems, flops, peaks)}
+    return {"batch": B, "heads": H, **timed(systems, Cost(flops, bytes_of(q, k, v, q)), peaks)}
 
 
 def recurrent_operands(
@@ -112,8 +125,16 @@ def recurrent_operands(
     if operator == "linear_attention":
         return (q, k, v), {"heads": heads, "causal": True}
     width = q.shape[2] // heads
+    if operator == "delta_rule":
+        return (q, unit_heads(k, heads), v, decays[..., :heads].exp()), {"heads": heads}
     steps, rate = decays[..., :heads].neg(), -torch.ones(heads, device=q.device)
     return (v, steps, rate, k[..., :width], q[..., :width]), {"heads": heads}
+
+
+def unit_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Bring each head of ``[B, T, C]`` to length one."""
+    parts: torch.Tensor = x.unflatten(2, (heads, -1))
+    return functional.normalize(parts, dim=-1).flatten(2)
 
 
 def _flash_linear_attention(operator: str, apart: list[torch.Tensor], decays: torch.Tensor) -> Call | None:
@@ -125,6 +146,11 @@ def _flash_linear_attention(operator: str, apart: list[torch.Tensor], decays: to
         from fla.ops.gla import chunk_gla
 
         return lambda: chunk_gla(q, k, v, decays)
+    if operator == "delta_rule":
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        unit, rates = functional.normalize(k, dim=-1), decays[..., 0].exp().contiguous()
+        return lambda: chunk_delta_rule(q, unit, v, rates, scale=1.0)
     if operator == "retention":
         from fla.ops.simple_gla import chunk_simple_gla
 
@@ -133,7 +159,7 @@ def _flash_linear_attention(operator: str, apart: list[torch.Tensor], decays: to
     return None
 
 
-def _timed(systems: Mapping[str, Call], flops: float, peaks: Peaks) -> dict[str, Any]:
+def timed(systems: Mapping[str, Call], cost: Cost, peaks: Peaks) -> dict[str, Any]:
     """Return the time of every system, and ours beside the least time and the rivals; a rival may fail."""
     times: dict[str, Any] = {}
     for name, call in systems.items():
@@ -143,10 +169,11 @@ def _timed(systems: Mapping[str, Call], flops: float, peaks: Peaks) -> dict[str,
             if name == "ours":
                 raise
             times[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    floor = flops / peaks.flops_per_second * 1e3
+    floor = cost.floor_ms(peaks)
     ratios = {name: taken / times["ours"] for name, taken in times.items() if isinstance(taken, float)}
     return {"milliseconds": times, "ours_over_floor": floor / times["ours"], "speedup_over": ratios}
 
 
-def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative L2 distance."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())

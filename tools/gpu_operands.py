@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from kernel_cases import Case
+from torch.nn import functional
 
 from xformopt.kernels.definition import load_operators
 
-__all__ = ["Cost", "Peaks", "cost_of", "in_double", "operands_of_case", "widened"]
+__all__ = ["Cost", "Peaks", "bytes_of", "cost_of", "in_double", "operands_of_case", "widened"]
 
 SEED = 11
 # codes of 8 bits that most activations lie between
@@ -76,7 +77,12 @@ def cost_of(case: Case, args: list[Any], options: dict[str, Any], result: Any) -
         flops *= seen / (T * S)
     results = result if isinstance(result, tuple) else (result,)
     tensors = [value for value in (*args, *options.values(), *results) if isinstance(value, torch.Tensor)]
-    return Cost(flops, float(sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+    return Cost(flops, bytes_of(*tensors))
+
+
+def bytes_of(*tensors: torch.Tensor) -> float:
+    """Return the bytes of all elements."""
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
 def in_double(value: Any) -> Any:
@@ -133,6 +139,15 @@ def _few_bits(operands: list[Any]) -> list[Any]:
     return [x, codes, scale.abs() * 0.01 + 0.001, *rest]
 
 
+def _floats(operands: list[Any]) -> list[Any]:
+    """Codes that are numbers; tokens whose range is a power of two, so that float64 rounds them as a GPU does."""
+    x, codes, scale, *rest = operands
+    x = (x / 4).clamp(-1, 1)
+    x[..., 0] = 448 / 512
+    given = scale.abs() * 0.01 + 0.001 if scale.is_floating_point() else scale % 8 + 116
+    return [x.clamp(-448 / 512, 448 / 512), torch.where(codes % 128 == 127, 0, codes).to(codes.dtype), given, *rest]
+
+
 def _integers(operands: list[Any]) -> list[Any]:
     x, codes, scale, bias, x_scale, x_zero = operands
     return [x, codes, scale.abs() * 0.01 + 0.001, bias, x_scale * 0 + _STEP, x_zero * 0 + 128]
@@ -143,6 +158,13 @@ def _decays(place: int) -> Callable[[list[Any]], list[Any]]:
     return lambda operands: [-0.1 * x.abs() if at == place else x for at, x in enumerate(operands)]
 
 
+def _unit_keys(operands: list[Any]) -> list[Any]:
+    """Keys of length one in each head, and rates up to 2, as with negative eigenvalues."""
+    q, k, v, beta, *state = operands
+    heads: torch.Tensor = k.unflatten(-1, (beta.shape[-1], -1))
+    return [q, functional.normalize(heads, dim=-1).flatten(-2), v, 2 * beta.sigmoid(), *state]
+
+
 _ADJUST: dict[str, Callable[[list[Any]], list[Any]]] = {
     "attention_packed": _packed,
     "merge_tokens": _merged,
@@ -150,7 +172,11 @@ _ADJUST: dict[str, Callable[[list[Any]], list[Any]]] = {
     "ssd": _steps,
     "selective_scan": _steps,
     "weight_only_linear": _few_bits,
+    "float_weight_linear": _floats,
+    "float8_linear": _floats,
     "quantized_linear": _integers,
     "retention": _decays(3),
     "gated_linear_attention": _decays(3),
+    "delta_rule": _unit_keys,
+    "delta_rule_resumed": _unit_keys,
 }

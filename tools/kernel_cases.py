@@ -75,12 +75,17 @@ _ATTENTION = (
     _packed(HALF, 128, causal=True),
 )
 
-_X = ((4, 512, 768), HALF)
+_X, _SINGLE = ((4, 512, 768), HALF), ((4, 512, 768), SINGLE)
 _SPARSE = Case(
     "block_sparse_attention",
     "blocks of 64, causal, bf16, 64 wide",
     (_X, _X, _X, ((1, 8, 8), torch.bool)),
     {"heads": 12, "scale": 0.125, "block": 64, "causal": True},
+)
+_ENTMAX = (
+    Case("entmax_attention", "causal, bf16, 64 wide", (_X, _X, _X), {"heads": 12, "scale": 0.125, "causal": True}),
+    Case("entmax_attention", "key mask, bf16, 128 wide", (_X, _X, _X, _MASK), {"heads": 6, "scale": 0.0884}),
+    Case("entmax_attention", "fp32, alpha 1.25, 64 wide", (_SINGLE,) * 3, {"heads": 12, "scale": 0.125, "alpha": 1.25}),
 )
 _WEIGHT = ((768,), HALF)
 _INDEX = torch.int64
@@ -103,7 +108,7 @@ _ROWS = (
 )
 
 _BYTES, _WIDE = torch.uint8, ((3072,), HALF)
-_SCALES = ((3072, 12), HALF)
+_SCALES, _CODES = ((3072, 12), HALF), ((3072, 1, 768), _BYTES)
 _LINEAR = (
     Case("linear_activation", "bf16, gelu", (_X, ((3072, 768), HALF), _WIDE), {"function": "gelu"}),
     Case(
@@ -120,6 +125,15 @@ _LINEAR = (
         {"bits": 4},
     ),
     Case("weight_only_linear", "int8, bf16", (_X, ((3072, 12, 64), _BYTES), _SCALES), {"bits": 8}),
+    Case("float_weight_linear", "E4M3, bf16", (_X, _CODES, ((3072, 1), HALF)), {"format": "fp8_e4m3"}),
+    Case(
+        "float_weight_linear",
+        "E2M1 in groups of 32, bf16",
+        (_X, ((3072, 24, 16), _BYTES), ((3072, 24), _BYTES)),
+        {"format": "fp4_e2m1"},
+    ),
+    Case("float8_linear", "one scale a channel, bf16", (_X, _CODES, ((3072, 1), HALF), None, _WIDE)),
+    Case("float8_linear", "groups of 64, bf16", (_X, ((3072, 12, 64), _BYTES), ((3072, 12), _BYTES))),
     Case(
         "quantized_linear",
         "int8, bf16",
@@ -137,8 +151,17 @@ _SSD = (
 )
 _CHANNELS, _STATES = ((4, 512, 1536), HALF), ((4, 512, 16), HALF)
 _SCAN = (_CHANNELS, _CHANNELS, ((1536, 16), SINGLE), _STATES, _STATES, ((1536,), HALF))
-_SINGLE = ((4, 512, 768), SINGLE)
+_KEYS, _BETA = ((4, 512, 1024), HALF), ((4, 512, 8), HALF)
 _RECURRENT = (
+    Case("delta_rule", "bf16, 64 wide", (_X, _X, _X, ((4, 512, 12), HALF)), {"heads": 12}),
+    Case("delta_rule", "bf16, 128 wide", (_KEYS, _KEYS, _KEYS, _BETA), {"heads": 8}),
+    Case("delta_rule", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, ((4, 512, 12), SINGLE)), {"heads": 12}),
+    Case(
+        "delta_rule_resumed",
+        "bf16, 128 wide",
+        (_KEYS, _KEYS, _KEYS, _BETA, ((4, 8, 128, 128), HALF)),
+        {"heads": 8},
+    ),
     Case("retention", "bf16, 64 wide", (_X, _X, _X, ((12,), SINGLE)), {"heads": 12}),
     Case("retention", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, ((12,), SINGLE)), {"heads": 12}),
     Case("ssd", "bf16, states of 128 by 64", _SSD, {"heads": 24}),
@@ -149,4 +172,4 @@ _RECURRENT = (
     Case("gated_linear_attention", "fp32, 64 wide", (_SINGLE, _SINGLE, _SINGLE, _SINGLE), {"heads": 12}),
 )
 
-CASES: tuple[Case, ...] = (*_ATTENTION, _SPARSE, *_ROWS, *_LINEAR, *_RECURRENT)
+CASES: tuple[Case, ...] = (*_ATTENTION, _SPARSE, *_ENTMAX, *_ROWS, *_LINEAR, *_RECURRENT)

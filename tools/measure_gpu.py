@@ -11,6 +11,7 @@ so a lease of minutes is enough.  What failed is written as an error and tried a
     rows        norms, rotary embedding, gates, activations, merging, linear layers: share of the limits, torch.compile
     attention   512 to 32,768 tokens, heads of 64 and 128, beside torch's own attention and torch.compile
     recurrent   gated linear attention and its kin beside flash attention and, where installed, flash-linear-attention
+    variants    attention over packed sequences, over allowed blocks and with entmax, beside torch's own
     models      BERT-base on unequal lengths: packed, padded, torch.compile, torch's nested tensors; ViT-B, GPT-2, and
                 ViT-B with merged tokens
 
@@ -42,7 +43,7 @@ from xformopt.lowering.triton_tuning import choose_tiles, describe_gpu
 from xformopt.measure.machine import describe_machine
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
-SECTIONS = ("machine", "numerics", "rows", "attention", "recurrent", "models")
+SECTIONS = ("machine", "numerics", "rows", "attention", "recurrent", "variants", "models")
 
 
 def machine_jobs() -> Iterable[Job]:
@@ -95,6 +96,10 @@ def jobs_of(section: str, file: GpuFile) -> Iterable[Job]:
         from gpu_lengths import recurrent_jobs
 
         return recurrent_jobs(peaks)
+    if section == "variants":
+        from gpu_variants import variant_jobs
+
+        return variant_jobs(peaks, tuned)
     from gpu_models import model_jobs
 
     return model_jobs(tuned)

@@ -15,6 +15,7 @@ from xformopt.kernels.triton_form import (
     Trial,
     Verdict,
     power_of_two,
+    room_for,
     tile_of,
     tiles,
 )
@@ -126,7 +127,7 @@ def forward(
     D, E = q.shape[2] // heads, v.shape[2] // kv_heads
     tile = tile_of(_key(q.dtype, D, E), _tiles_for(max(D, E), q.dtype)[0])
     (B, T), S = q.shape[:2], k.shape[1]
-    out = q.new_empty(B, T, heads * E)
+    out, result = room_for(q, B, T, heads * E)
     offsets, bias = operands.get("offsets"), operands.get("bias")
     # each sequence may leave a part of its last block empty
     sequences = 1 if offsets is None else offsets.shape[0] - 1
@@ -142,7 +143,7 @@ def forward(
         **{"PACKED": offsets is not None, "M": tile.M, "N": tile.N},
         **{"WIDE_D": power_of_two(D), "WIDE_E": power_of_two(E)},
     }
-    return Plan((Launch(attention_forward, grid, arguments, constants, tile.warps, tile.stages),), out)
+    return Plan((Launch(attention_forward, grid, arguments, constants, tile.warps, tile.stages),), result)
 
 
 def decode(

@@ -14,11 +14,16 @@ from xformopt.kernels.onnx_form import Builder, Form, XfNode
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["FORMS"]
+__all__ = ["FORMS", "scanned"]
 
 
 def chunked(b: Builder, node: XfNode) -> ir.Value:
-    """Chunkwise; the transition of a chunk is a matrix, so a Scan hands the states from chunk to chunk."""
+    """Chunkwise, from a state of zeros."""
+    return scanned(b, node, None)[0]
+
+
+def scanned(b: Builder, node: XfNode, state: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+    """Return outputs and the last state; the transition of a chunk is a matrix, so a Scan hands states on."""
     heads, width = node["heads"], node.size("v", -1)
     D, E = node.size("q", -1) // heads, width // heads
     scaled = b.op("Mul", node["q"], b.scalar(node["scale"], node["q"]))
@@ -42,8 +47,9 @@ def chunked(b: Builder, node: XfNode) -> ir.Value:
         output = inner.op("Add", inner.op("MatMul", item[0], state[0]), inner.op("MatMul", item[3], written))
         return [inner.op("Add", state[0], inner.op("MatMul", item[4], written))], [output]
 
-    _, (outputs,) = b.scan(step, [first_state(b, q, heads, D, E)], items, axis=2)
-    return from_chunks(b, outputs, node["q"], width)
+    before = first_state(b, q, heads, D, E) if state is None else state
+    (last,), (outputs,) = b.scan(step, [before], items, axis=2)
+    return from_chunks(b, outputs, node["q"], width), last
 
 
 def _inverse(b: Builder, products: ir.Value, node: XfNode) -> ir.Value:

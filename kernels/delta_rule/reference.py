@@ -6,7 +6,7 @@ import torch
 
 from xformopt.kernels.chunks import CHUNK, from_chunks, in_chunks, join_heads, split_heads
 
-__all__ = ["delta_rule", "delta_rule_masked", "delta_rule_step"]
+__all__ = ["delta_rule", "delta_rule_masked", "delta_rule_resumed", "delta_rule_step"]
 
 
 def delta_rule(
@@ -38,17 +38,47 @@ def delta_rule(
         ``[B, T, heads * E]``.
 
     """
+    state = v.new_zeros(v.shape[0], heads, k.shape[2] // heads, v.shape[2] // heads)
+    return delta_rule_resumed(q, k, v, beta, state, heads=heads, scale=scale, chunk=chunk)[0]
+
+
+def delta_rule_resumed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    heads: int,
+    scale: float = 1.0,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`delta_rule` of tokens that go on after others.
+
+    Args:
+        q: See :func:`delta_rule`.
+        k: See :func:`delta_rule`.
+        v: See :func:`delta_rule`.
+        beta: See :func:`delta_rule`.
+        state: What the tokens before left, ``[B, heads, D, E]``.
+        heads: Number of heads.
+        scale: Factor of the products of queries.
+        chunk: Tokens that are computed together; the result does not depend on it.
+
+    Returns:
+        ``[B, T, heads * E]``, and the state after the last token, of the shape and dtype of ``state``.
+
+    """
     T = q.shape[1]
     q, k, v, beta = (in_chunks(split_heads(x, heads), chunk) for x in (q * scale, k, v, beta))
     keys, values = _independent(k, v, beta)
     inside = (q @ k.transpose(-1, -2)).tril()  # [B, H, N, C, C]
-    state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])  # [B, H, D, E]
     outputs = []
     for n in range(k.shape[2]):
         written = values[:, :, n] - keys[:, :, n] @ state  # [B, H, C, E]
         outputs.append(q[:, :, n] @ state + inside[:, :, n] @ written)
         state = state + k[:, :, n].transpose(-1, -2) @ written
-    return join_heads(from_chunks(torch.stack(outputs, 2), T))
+    return join_heads(from_chunks(torch.stack(outputs, 2), T)), state
 
 
 def _independent(k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Verdict, power_of_two, rows_of, tiles
+from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Verdict, power_of_two, room_for, rows_of, tiles
 
 __all__ = ["KERNEL", "MOST_COLUMNS", "norm", "refusal"]
 
@@ -33,18 +33,19 @@ def norm(
     wide = power_of_two(width, 1)
     lines = rows_of(x, width)
     others = None if residual is None else rows_of(residual, width)
-    out = x.new_empty(x.shape)
-    total = None if residual is None else x.new_empty(x.shape)
+    out, result = room_for(x, *x.shape)
+    total, summed = (None, None) if residual is None else room_for(x, *x.shape)
     R = max(1, _NUMBERS // wide)
     arguments = {
-        **{"x": lines, "residual": others, "weight": weight, "bias": bias, "total": total, "out": out},
-        **{"rows": lines.shape[0], "x_row": lines.stride(0)},
-        **{"residual_row": 0 if others is None else others.stride(0), "eps": eps},
+        **{"x": lines.data, "residual": None if others is None else others.data, "total": total, "out": out},
+        **{"weight": weight, "bias": bias},
+        **{"rows": lines.count, "x_row": lines.stride},
+        **{"residual_row": 0 if others is None else others.stride, "eps": eps},
     }
     constants = {"WIDTH": width, "CENTER": center, "R": R, "WIDE": wide}
     warps = min(32, max(4, R * wide // 512))
-    launch = Launch(norm_rows, (tiles(lines.shape[0], R),), arguments, constants, warps, 1)
-    return Plan((launch,), out if total is None else (out, total))
+    launch = Launch(norm_rows, (tiles(lines.count, R),), arguments, constants, warps, 1)
+    return Plan((launch,), result if summed is None else (result, summed))
 
 
 def refusal(x: torch.Tensor, *others: torch.Tensor | None, groups: int) -> Verdict:

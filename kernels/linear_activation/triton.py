@@ -6,7 +6,19 @@ from typing import Any
 
 import torch
 
-from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Tile, Trial, Verdict, rows_of, tile_of, tiles
+from xformopt.kernels.triton_form import (
+    FLOATS,
+    Kernel,
+    Launch,
+    Plan,
+    Tile,
+    Trial,
+    Verdict,
+    room_for,
+    rows_of,
+    tile_of,
+    tiles,
+)
 
 __all__ = ["KERNEL", "refusal"]
 
@@ -57,16 +69,16 @@ def refusal(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None)
 def _plan(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, function: str) -> Plan:
     from xformopt.kernels.triton_matmul import float_linear
 
-    lines, out = rows_of(x, x.shape[-1]), x.new_empty(*x.shape[:-1], weight.shape[0])
+    lines, (out, result) = rows_of(x, x.shape[-1]), room_for(x, *x.shape[:-1], weight.shape[0])
     tile = tile_of(_key(weight), _tiles_for(x.dtype)[0])
     outputs, inputs = weight.shape
     arguments = {
-        **{"x": lines, "weight": weight.contiguous(), "bias": bias, "out": out},
-        **{"rows": lines.shape[0], "outputs": outputs, "inputs": inputs, "x_row": lines.stride(0)},
+        **{"x": lines.data, "weight": weight.contiguous(), "bias": bias, "out": out},
+        **{"rows": lines.count, "outputs": outputs, "inputs": inputs, "x_row": lines.stride},
     }
     constants = {"FUNCTION": function, "M": tile.M, "N": tile.N, "K": tile.K}
-    grid = (tiles(lines.shape[0], tile.M) * tiles(outputs, tile.N),)
-    return Plan((Launch(float_linear, grid, arguments, constants, tile.warps, tile.stages),), out)
+    grid = (tiles(lines.count, tile.M) * tiles(outputs, tile.N),)
+    return Plan((Launch(float_linear, grid, arguments, constants, tile.warps, tile.stages),), result)
 
 
 def _accepts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, function: str) -> Verdict:

@@ -6,7 +6,7 @@ import torch
 
 from xformopt.kernels.linear_activation.triton import refusal
 from xformopt.kernels.quantized_linear.reference import dynamic_range
-from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, rows_of, tiles
+from xformopt.kernels.triton_form import Kernel, Launch, Plan, Verdict, room_for, rows_of, tiles
 
 __all__ = ["KERNEL"]
 
@@ -37,14 +37,14 @@ def _plan(
     if x_scale is None or x_zero is None:
         x_scale, x_zero = dynamic_range(x)
     lines, (outputs, inputs) = rows_of(x, x.shape[-1]), weight.shape
-    out = x.new_empty(*x.shape[:-1], outputs)
+    out, result = room_for(x, *x.shape[:-1], outputs)
     arguments = {
-        **{"x": lines, "weight": weight.contiguous(), "scale": scale, "bias": bias},
+        **{"x": lines.data, "weight": weight.contiguous(), "scale": scale, "bias": bias},
         **{"x_scale": x_scale, "x_zero": x_zero, "out": out},
-        **{"rows": lines.shape[0], "outputs": outputs, "inputs": inputs, "x_row": lines.stride(0)},
+        **{"rows": lines.count, "outputs": outputs, "inputs": inputs, "x_row": lines.stride},
     }
-    grid = (tiles(lines.shape[0], _BLOCK["M"]) * tiles(outputs, _BLOCK["N"]),)
-    return Plan((Launch(integer_linear, grid, arguments, _BLOCK, 8, 3),), out)
+    grid = (tiles(lines.count, _BLOCK["M"]) * tiles(outputs, _BLOCK["N"]),)
+    return Plan((Launch(integer_linear, grid, arguments, _BLOCK, 8, 3),), result)
 
 
 KERNEL = Kernel(_plan, _accepts)

@@ -8,7 +8,7 @@ import torch
 
 from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Verdict, power_of_two, tiles
 
-__all__ = ["KERNEL", "MOST_WIDTH", "chunk_for", "decayed", "refusal", "states"]
+__all__ = ["KERNEL", "MOST_WIDTH", "chunk_for", "decayed", "outputs", "refusal", "states"]
 
 # of a key or a value
 MOST_WIDTH = 256
@@ -92,10 +92,32 @@ def decayed(
         rate: ``[heads]``, contiguous.
 
     """
-    from xformopt.kernels.triton_recurrent import decayed_outputs
-
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     first, before, sums = states(k, v, decay, heads=heads, group=group, gated=False, has_sums=eps is not None)
+    second, out = outputs(
+        q, k, v, decay, before, sums, heads=heads, group=group, scale=scale, eps=eps, added=added, rate=rate
+    )
+    return Plan((first, second), out, (before,) if sums is None else (before, sums))
+
+
+def outputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor | None,
+    before: torch.Tensor,
+    sums: torch.Tensor | None = None,
+    *,
+    heads: int,
+    group: int = 1,
+    scale: float = 1.0,
+    eps: float | None = None,
+    added: torch.Tensor | None = None,
+    rate: torch.Tensor | None = None,
+) -> tuple[Launch, torch.Tensor]:
+    """Plan the outputs of :func:`decayed` from the state ``before`` each chunk; operands with adjacent channels."""
+    from xformopt.kernels.triton_recurrent import decayed_outputs
+
     (B, T), D, E = k.shape[:2], k.shape[2] * group // heads, v.shape[2] // heads
     out = v.new_empty(B, T, heads * E)
     M = min(_PART, power_of_two(E))
@@ -118,7 +140,7 @@ def decayed(
         "M": M,
     }
     second = Launch(decayed_outputs, (before.shape[2] * tiles(E, M), heads, B), arguments, constants, 4, 1)
-    return Plan((first, second), out, (before,) if sums is None else (before, sums))
+    return second, out
 
 
 def _strides_of(decay: torch.Tensor | None, head: int | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Verdict, power_of_two, rows_of, tiles
+from xformopt.kernels.triton_form import FLOATS, Kernel, Launch, Plan, Verdict, power_of_two, room_for, rows_of, tiles
 
 __all__ = ["KERNEL"]
 
@@ -33,14 +33,14 @@ def _plan(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, heads: int, 
     T, D, half = x.shape[1], x.shape[2] // heads, cos.shape[2]
     wide = power_of_two(half, 1)
     R = max(1, _NUMBERS // (2 * wide))
-    tokens, out = rows_of(x, heads * D), x.new_empty(x.shape)
-    rows = tokens.shape[0] * heads
+    tokens, (out, result) = rows_of(x, heads * D), room_for(x, *x.shape)
+    rows = tokens.count * heads
     arguments = {
-        **{"x": tokens, "cos": cos.contiguous(), "sin": sin.contiguous(), "out": out, "rows": rows, "T": T},
-        **{"x_row": tokens.stride(0), "angle_batch": 0 if cos.shape[0] == 1 else T * half},
+        **{"x": tokens.data, "cos": cos.contiguous(), "sin": sin.contiguous(), "out": out, "rows": rows, "T": T},
+        **{"x_row": tokens.stride, "angle_batch": 0 if cos.shape[0] == 1 else T * half},
     }
     constants = {"HEADS": heads, "D": D, "HALF": half, "INTERLEAVED": interleaved, "R": R, "WIDE": wide}
-    return Plan((Launch(rope_rows, (tiles(rows, R),), arguments, constants, 4, 1),), out)
+    return Plan((Launch(rope_rows, (tiles(rows, R),), arguments, constants, 4, 1),), result)
 
 
 KERNEL = Kernel(_plan, _accepts)

@@ -8,7 +8,8 @@ format of their own, with a scale for each token at run time.
 
 **Approximate**; training takes gradient steps on calibration data.  Run it after the passes that look for linear
 layers.  Weights are stored in few bits; ONNX Runtime makes floats of them when it loads the model, and multiplies
-floats.  Rounded activations are simulated in float.
+floats.  Rounded activations are simulated in float; only where both are E4M3, ``triton-cuda`` multiplies 8-bit floats
+on a GPU that can (compute capability 8.9 and later).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import gpu_kernels
 import gpu_lengths
 import gpu_operands
+import gpu_variants
 import measure_gpu
 from gpu_file import NO_GPU, GpuFile, Job, run_jobs
 from gpu_operands import Cost, Peaks, cost_of, operands_of_case, widened
@@ -123,6 +124,25 @@ def test_recurrences_take_one_set_of_operands(operator: str) -> None:
     assert kernel.plan(*args, **options).result.shape == (2, 7, 32)
 
 
+def test_packs_and_block_masks_are_what_they_are_named_after() -> None:
+    lengths = gpu_variants.packed_lengths(512)
+    assert int(lengths.max()) == 512
+    assert int(lengths.min()) == 0
+    assert 0.9 * gpu_lengths.TOKENS <= int(lengths.sum()) <= gpu_lengths.TOKENS
+    mask = gpu_variants.allowed_blocks(64, 0.25)
+    assert bool(mask[0].diagonal().all())
+    assert 0.2 < float(mask.float().mean()) < 0.3
+    jobs = [job.name for job in gpu_variants.variant_jobs(Peaks(1e12, 1e14), untuned)]
+    assert len(jobs) == len(set(jobs)) == 2 * (3 + 3 + 6)
+
+
+def test_what_differs_from_run_to_run_is_an_error() -> None:
+    runs = iter([torch.ones(3), torch.zeros(3)])
+    with pytest.raises(ValueError, match="run to run equal: False"):
+        gpu_variants._checked(lambda: next(runs), torch.ones(3))
+    assert gpu_variants._checked(lambda: torch.ones(3), torch.ones(3))["same_from_run_to_run"]
+
+
 class Ticks:
     """A clock that is a minute later whenever it is read."""
 
@@ -195,7 +215,7 @@ import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 sys.modules.update(dict.fromkeys({HIDDEN!r}))
 sys.path.append({str(TOOLS)!r})
-import measure_gpu, gpu_kernels, gpu_lengths, gpu_models
+import measure_gpu, gpu_kernels, gpu_lengths, gpu_models, gpu_variants
 import torch
 from xformopt.lowering.triton_export import export_kernels
 from xformopt.models.zoo import find_architecture
@@ -230,5 +250,5 @@ def test_it_runs_uninstalled_with_torch_and_triton_alone(tmp_path: Path) -> None
 
 def test_relative_of_equal_tensors_is_zero() -> None:
     x = torch.ones(3)
-    assert relative(x, x) == 0.0 == gpu_lengths._gap(x, x)
+    assert relative(x, x) == 0.0 == gpu_lengths.gap(x, x)
     assert gpu_operands.in_double(x).dtype == torch.float64

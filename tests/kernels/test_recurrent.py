@@ -269,6 +269,28 @@ def test_causal_linear_attention_skips_padding() -> None:
     torch.testing.assert_close(found[:, 3:], alone, **CLOSE)
 
 
+@pytest.mark.parametrize("cut", [1, 64])
+def test_delta_rule_in_parts_is_the_whole(cut: int) -> None:
+    arguments = CASES["delta"].inputs(2, 70, True)
+    state = torch.zeros(2, HEADS, D, E, dtype=DOUBLE)
+    first, between = xf.delta_rule_resumed(*(x[:, :cut] for x in arguments), state, heads=HEADS, scale=0.7)
+    second, last = xf.delta_rule_resumed(*(x[:, cut:] for x in arguments), between, heads=HEADS, scale=0.7)
+    whole, expected = xf.delta_rule_resumed(*arguments, state, heads=HEADS, scale=0.7)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, **CLOSE)
+    torch.testing.assert_close(last, expected, **CLOSE)
+    torch.testing.assert_close(whole, xf.delta_rule(*arguments, heads=HEADS, scale=0.7), **CLOSE)
+
+
+def test_torch_accepts_the_delta_rule_from_a_state() -> None:
+    arguments = (*CASES["delta"].inputs(2, 5, False), randn(2, HEADS, D, E))
+    operator, options = load_operators()["delta_rule_resumed"], {"heads": HEADS, "scale": 0.7}
+    given = tuple(x.requires_grad_() for x in arguments)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator.overload, given, options, test_utils=checks)
+    assert torch.autograd.gradcheck(lambda *x: operator.overload(*x, **options), given, fast_mode=True)
+    assert operator.flops(*arguments, **options) == CASES["delta"].flops
+
+
 @pytest.mark.parametrize("T", [1, 2, 70])
 @pytest.mark.parametrize("strong", [False, True], ids=["mild", "strong"])
 def test_rwkv_in_both_directions(T: int, strong: bool) -> None:
@@ -326,6 +348,10 @@ def fake(*shapes: tuple[int, ...]) -> Tensors:
         (
             lambda: xf.delta_rule(*fake((1, 5, 6), (1, 5, 6), (1, 5, 6), (1, 5, 6)), heads=2),
             "not one beta for each head",
+        ),
+        (
+            lambda: xf.delta_rule_resumed(*fake(*[(1, 5, 6)] * 3, (1, 5, 2), (1, 2, 3, 4)), heads=2),
+            "the state is not one matrix",
         ),
         (
             lambda: xf.ssd(*fake((1, 5, 6), (1, 5, 3), (2,), (1, 5, 4), (1, 5, 4)), heads=2),

@@ -50,5 +50,6 @@ def test_sizes() -> None:
 
 def test_rows_are_views_where_they_can_be() -> None:
     x = randn(2, 3, 24)
-    assert rows_of(x[..., 8:16], 8).data_ptr() == x[..., 8:16].data_ptr()
-    assert rows_of(x.mT, 3).stride(1) == 1
+    assert rows_of(x[..., 8:16], 8).data.data_ptr() == x[..., 8:16].data_ptr()
+    assert rows_of(x.mT, 3).data.stride(1) == 1
+    assert rows_of(x, x.shape[-1]).data is x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreted import assert_kernel, computed, randn
+from interpreted import assert_kernel, computed, randn, relative
 
 from xformopt.kernels.triton_form import load_kernels
 
@@ -51,6 +51,37 @@ def test_gated_linear_attention(strongest: float, heads: int, batch: int) -> Non
     assert_kernel("gated_linear_attention", q, k, v, gate, heads=heads, scale=0.3)
 
 
+def unit_keys(*shape: int, heads: int) -> torch.Tensor:
+    keys = randn(*shape).unflatten(-1, (heads, -1))
+    return (keys / keys.norm(dim=-1, keepdim=True)).flatten(-2)
+
+
+@pytest.mark.parametrize(("largest", "D", "E"), [(1.0, 20, 24), (2.0, 70, 33)])
+def test_delta_rule(largest: float, D: int, E: int) -> None:
+    """With ``beta`` up to 2, transitions have negative eigenvalues."""
+    q, k, v = randn(2, T, 2 * D), unit_keys(2, T, 2 * D, heads=2), randn(2, T, 2 * E)
+    beta = largest * randn(2, T, 2).sigmoid()
+    assert_kernel("delta_rule", q, k, v, beta, heads=2, scale=0.3)
+
+
+def test_delta_rule_of_one_key_keeps_the_last_value() -> None:
+    """All that is known without the kernel: the same key again and again, replaced wholly each time."""
+    key = torch.zeros(1, T, 16)
+    key[..., 3] = 1.0
+    v = randn(1, T, 16)
+    torch.testing.assert_close(computed("delta_rule", key, key, v, torch.ones(1, T, 1), heads=1), v)
+
+
+def test_delta_rule_goes_on_from_a_state() -> None:
+    q, k, v, beta = randn(1, 50, 40), unit_keys(1, 50, 40, heads=2), randn(1, 50, 48), 2 * randn(1, 50, 2).sigmoid()
+    whole = computed("delta_rule", q, k, v, beta, heads=2)
+    state, parts = torch.zeros(1, 2, 20, 24), []
+    for part in (slice(0, 33), slice(33, 50)):
+        out, state = assert_kernel("delta_rule_resumed", *(x[:, part] for x in (q, k, v, beta)), state, heads=2)
+        parts.append(out)
+    assert relative(torch.cat(parts, 1), whole) < 1e-5
+
+
 @pytest.mark.slow
 def test_many_chunks() -> None:
     q, k, v = (randn(1, 300, 24) for _ in range(3))
@@ -71,6 +102,8 @@ def test_half_precision() -> None:
     decay = gates(1, 40, 32, strongest=1.0).bfloat16()
     assert_kernel("gated_linear_attention", q, k, v, decay, heads=2)
     assert_kernel("retention", q, k, v, gates(2, strongest=0.2), heads=2)
+    keys, beta = unit_keys(1, 40, 32, heads=2).bfloat16(), 2 * randn(1, 40, 2).sigmoid().bfloat16()
+    assert_kernel("delta_rule", q, keys, v, beta, heads=2)
 
 
 def test_gates_that_forget_everything() -> None:

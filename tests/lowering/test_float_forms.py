@@ -21,6 +21,7 @@ OUTPUTS = {
         for kind, scale in SCALES.items()
     },
     "biased": "f32[batch,5,40] = xf.float_weight_linear(%x, %fp4_e2m1, %powers, none, %bias) {format=fp4_e2m1}",
+    "both": "f32[batch,5,40] = xf.float8_linear(%x, %fp8_e4m3, %powers, none, %bias)",
     **{f"{name}_rounded": f"f32[batch,5,96] = xf.fake_quantize_float(%x) {{format={name}}}" for name in FORMATS},
 }
 TEXT = "\n".join(
@@ -73,6 +74,7 @@ def test_the_artifact_says_what_is_stored_and_what_is_simulated(program: Program
     assert manifest.execution == {
         **{stored.format(name): 3 + (name == "fp4_e2m1") for name in FORMATS},
         **{f"activations in {name}, simulated in float": 1 for name in FORMATS},
+        "linear layers in fp8_e4m3, simulated in float": 1,
     }
 
 

@@ -39,6 +39,22 @@ BODIES = {
 %beta: f32[batch,length,2] = aten.mul.Scalar(%half) {other=2.0}
 %o: f32[batch,length,10] = xf.delta_rule(%q, %key, %v, %beta) {heads=2, scale=0.4}
 """,
+    "delta rule from a state": """%near: f32[batch,length,6] = aten.add.Scalar(%k) {other=2.0}
+%unit: f32[batch,length,6] = xf.rms_norm(%near) {eps=1e-6, groups=2}
+%key: f32[batch,length,6] = aten.mul.Scalar(%unit) {other=0.5773502691896258}
+%two: f32[batch,length,2] = aten.slice.Tensor(%v) {dim=2, end=2}
+%half: f32[batch,length,2] = aten.sigmoid(%two)
+%beta: f32[batch,length,2] = aten.mul.Scalar(%half) {other=2.0}
+%mean: f32[batch,10] = aten.mean.dim(%v) {dim=[1]}
+%heads: f32[batch,2,1,5] = aten.view(%mean) {size=[-1, 2, 1, 5]}
+%state: f32[batch,2,3,5] = aten.expand(%heads) {size=[-1, 2, 3, 5]}
+%one: (f32[batch,length,10], f32[batch,2,3,5]) = xf.delta_rule_resumed(%q, %key, %v, %beta, %state) {heads=2, scale=0.4}
+%out: f32[batch,length,10] = size.getitem(%one, 0)
+%left: f32[batch,2,3,5] = size.getitem(%one, 1)
+%row: f32[batch,2,5] = aten.mean.dim(%left) {dim=[2]}
+%flat: f32[batch,1,10] = aten.view(%row) {size=[-1, 1, 10]}
+%o: f32[batch,length,10] = aten.add.Tensor(%out, %flat)
+""",
     "ssd": """param %d: f32[2]
 %rates: f32[batch,length,2] = aten.slice.Tensor(%v) {dim=2, end=2}
 %dt: f32[batch,length,2] = aten.sigmoid(%rates)

@@ -39,6 +39,7 @@ from xformopt.lowering.ort_session import ORT_TARGETS, require_onnxruntime
 from xformopt.lowering.reference import TOLERANCE, largest_gap, reference_inputs
 from xformopt.lowering.triton_build import MODEL as PACKAGE
 from xformopt.lowering.triton_build import TRITON_TARGETS, Package, check_gpu_toolchain, write_package
+from xformopt.lowering.triton_float8 import multiply_in_float8
 from xformopt.lowering.triton_tuning import choose_tiles as choose_gpu_tiles
 from xformopt.lowering.tuning import Progress, Tuned, choose_forms
 from xformopt.lowering.tvm_build import MODEL as LIBRARY
@@ -102,7 +103,10 @@ def lower_program(
     _check_target(target)
     if captured is None and program.level == Level.CAPTURED:
         captured = program
-    told = {"precision": precision_of(program), "execution": execution_of(program, in_half=target in GPU_TARGETS)}
+    if target in TRITON_TARGETS:
+        program = multiply_in_float8(program, torch.cuda.get_device_capability())
+    executed = execution_of(program, in_half=target in GPU_TARGETS, by_kernels=target in TRITON_TARGETS)
+    told = {"precision": precision_of(program), "execution": executed}
     half = None
     if target in GPU_TARGETS:
         program = numpy_interface(program)

@@ -53,6 +53,7 @@ _STORED = {
 _SIMULATED = frozenset({"fake_quantize", "log_quantize", "log_attention"})
 _STORED_FLOATS = "float_weight_linear"
 _SIMULATED_FLOATS = "fake_quantize_float"
+_EXECUTED_FLOATS = "float8_linear"
 
 
 class _Model(BaseModel):
@@ -191,6 +192,8 @@ def precision_of(program: Program) -> str:
 
 def _storage(operator: str, node: fx.Node) -> tuple[int, str] | None:
     """Return in how many bits of what kind an operator's weight is stored, if in few."""
+    if operator == _EXECUTED_FLOATS:
+        return 8, "fp"
     if operator == _STORED_FLOATS:
         return int(str(node.kwargs["format"]).split("_")[0].removeprefix("fp")), "fp"
     if operator in _STORED:
@@ -216,15 +219,16 @@ def half_precision_of(program: Program) -> torch.dtype | None:
 
 def rounds_activations(program: Program) -> bool:
     """Whether values are rounded on the way: between two codes, the last bit of a value decides which it becomes."""
-    rounding = {"quantized_linear", _SIMULATED_FLOATS, *_SIMULATED}
+    rounding = {"quantized_linear", _SIMULATED_FLOATS, _EXECUTED_FLOATS, *_SIMULATED}
     return any(defined.name in rounding for defined, _ in _xf_nodes(program))
 
 
-def execution_of(program: Program, *, in_half: bool = False) -> dict[str, int]:
-    """Count linear layers and tables by how they run: executed in integers, or only stored in few bits.
+def execution_of(program: Program, *, in_half: bool = False, by_kernels: bool = False) -> dict[str, int]:
+    """Count linear layers and tables by how they run: executed in few bits, or only stored in them.
 
     Activations in few bits are simulated: rounded, and kept in float.  ``in_half`` says that the target computes in 16
-    bits what is to be computed so.
+    bits what is to be computed so; ``by_kernels``, that linear layers are kernels of our own, which multiply 8-bit
+    floats where there is an operator for it, and elsewhere make floats of stored weights whenever they run.
     """
     counted: Counter[str] = Counter()
     for defined, node in _xf_nodes(program):
@@ -233,7 +237,10 @@ def execution_of(program: Program, *, in_half: bool = False) -> dict[str, int]:
         elif defined.name in _STORED:
             counted[f"{_STORED[defined.name]} stored in {node.kwargs['bits']} bits, computed in float"] += 1
         elif defined.name == _STORED_FLOATS:
-            counted[f"linear layers stored in {node.kwargs['format']}, made floats at load, computed in float"] += 1
+            when = "every call" if by_kernels else "load"
+            counted[f"linear layers stored in {node.kwargs['format']}, made floats at {when}, computed in float"] += 1
+        elif defined.name == _EXECUTED_FLOATS:
+            counted[f"linear layers {'executed in fp8_e4m3' if by_kernels else 'in fp8_e4m3, simulated in float'}"] += 1
         elif defined.name in _SIMULATED:
             counted[f"activations in {node.kwargs['bits']} bits, simulated in float"] += 1
         elif defined.name == "ternary_weight":
@@ -257,7 +264,7 @@ def _computed_in(dtype: torch.dtype, in_half: bool) -> str:
 
 
 def _stored_floats(program: Program) -> Iterator[tuple[Any, ...]]:
-    return (node.args for defined, node in _xf_nodes(program) if defined.name == _STORED_FLOATS)
+    return (node.args for defined, node in _xf_nodes(program) if defined.name in (_STORED_FLOATS, _EXECUTED_FLOATS))
 
 
 def _xf_nodes(program: Program) -> Iterator[tuple[Operator, fx.Node]]:

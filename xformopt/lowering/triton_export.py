@@ -16,7 +16,7 @@ from torch import fx
 
 from xformopt.errors import LoweringError, MissingExtraError
 from xformopt.kernels.definition import Operator, find_operator
-from xformopt.kernels.triton_form import Trial, load_kernels
+from xformopt.kernels.triton_form import Kernel, Trial, load_kernels
 from xformopt.lowering.program_export import explain, export_program
 from xformopt.program import Program
 from xformopt.program.interpret import call
@@ -123,12 +123,18 @@ class _Expansion(fx.Interpreter):
         counted["aten"] += 1
         return operator.reference(*args, **kwargs)
 
+    def _too_old(self, kernel: Kernel) -> str | None:
+        if self._device != "cuda" or (found := torch.cuda.get_device_capability()) >= kernel.capability:
+            return None
+        needed, present = (".".join(map(str, one)) for one in (kernel.capability, found))
+        return f"it needs the compute capability {needed}, and the GPU has {present}"
+
     def _refusal(self, operator: Operator, args: Any, kwargs: Any) -> str | None:
         """Return why the operator takes no kernel; note what its kernel has to choose."""
         kernel = load_kernels().get(operator.name)
         if kernel is None:
             return "there is none"
-        reason = kernel.accepts(*args, **kwargs)
+        reason = self._too_old(kernel) or kernel.accepts(*args, **kwargs)
         if reason is None:
             if kernel.trial is not None:
                 trial = kernel.trial(*args, **kwargs)

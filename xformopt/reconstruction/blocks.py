@@ -31,6 +31,7 @@ _MIXERS = frozenset(
         "xf::block_sparse_attention",
         "xf::combiner_attention",
         "xf::delta_rule",
+        "xf::delta_rule_resumed",
         "xf::flow_attention",
         "xf::gated_linear_attention",
         "xf::hamming_attention",

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _QUANTIZED = frozenset(
-    {"float_weight_linear", "quantized_linear", "shift_linear", "ternary_linear", "weight_only_linear"}
+    {"float8_linear", "float_weight_linear", "quantized_linear", "shift_linear", "ternary_linear", "weight_only_linear"}
 )
 
 # returns the quantized layer without its activation, or why there is none
