@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from xformopt.bundle.pack import write_bundle
+from xformopt.bundle.runner import remote
 from xformopt.bundle.runner.__main__ import main
 from xformopt.bundle.runner.remote import RemoteRunner, parse_address
 from xformopt.errors import MeasurementError, UsageError
@@ -141,6 +142,19 @@ def test_nobody_there(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         port = probe.getsockname()[1]
     assert main(["--rpc", f"127.0.0.1:{port}", "--json", str(tmp_path / "out.json")], folder) == 1
     assert "tvm.exec.rpc_server" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_server_that_serves_someone_else(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "CONNECT_SECONDS", 0.5)
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        address = f"127.0.0.1:{busy.getsockname()[1]}"
+        assert main(["--rpc", address, "--json", str(tmp_path / "out.json")], folder) == 1
+    assert "serves one connection at a time" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out.json").exists()
 
 

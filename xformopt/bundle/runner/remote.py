@@ -11,9 +11,11 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from xformopt.measure.runner import Array, OperatorTime
 
 __all__ = ["RemoteContest", "RemoteRunner", "describe_remote", "open_runner", "parse_address"]
 
+# how long a server may take to answer a call
+CONNECT_SECONDS = 60.0
 # how the process that holds the connection learns where to
 _ADDRESS = "XFORMOPT_RPC"
 # a round has at least so many samples, as one of this machine has
@@ -213,8 +217,23 @@ def _connect(address: str) -> Any:
     from tvm import rpc
 
     host, port = parse_address(address)
+    # a server that serves someone else takes the call and says nothing, and TVM would wait for ever
+    answer: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(rpc.connect(host, port))
+        except Exception as error:
+            answer.set_exception(error)
+
+    Thread(target=call, daemon=True).start()
     try:
-        return rpc.connect(host, port)
+        return answer.result(CONNECT_SECONDS)
+    except TimeoutError as error:
+        raise MeasurementError(
+            f"The RPC server at {address} has not answered for {CONNECT_SECONDS:g} s. It serves one connection at a "
+            f"time: end the other one, or start the server again."
+        ) from error
     except Exception as error:
         raise MeasurementError(
             f"no RPC server of TVM {tvm.__version__} answers at {address} ({_first_line(error)}). Start one on the "
