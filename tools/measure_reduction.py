@@ -1,6 +1,6 @@
 """What doing less costs and saves: structured pruning and token reduction, on trained tasks and at real sizes.
 
-    python tools/measure_reduction.py [MODEL ...]       writes tools/results/reduction.json
+    python tools/measure_reduction.py [--technique NAME ...] [MODEL ...]       writes tools/results/reduction.json
 
 For every technique: the FLOPs that are left, the time on ort-cpu beside that of the exact artifact (one run, rounds
 interleaved, two threads, at the model's example inputs), and on trained models the task's metric before and after,
@@ -12,6 +12,7 @@ model says why; what is no faster than the exact artifact is listed with what it
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -252,17 +253,26 @@ def timings(subject: Subject, candidates: Sequence[Candidate]) -> dict[str, dict
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure the models named on the command line anew, or what is missing of all."""
     every = (*TASK_MODELS, *TRAINED_FOR, *SIZE_MODELS)
-    if unknown := [name for name in sys.argv[1:] if name not in every]:
-        sys.exit(f"There is no model {unknown[0]!r} here: name {', '.join(every)}.")
-    for name in sys.argv[1:] or every:
-        known = {} if name in sys.argv[1:] else RESULTS.entries().get(name, {}).get("techniques", {})
-        if missing := {key: text for key, text in techniques_of(name).items() if key not in known}:
-            found = measure(name, missing)
-            RESULTS.put(name, {**found, "techniques": {**known, **found["techniques"]}})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(every)}")
+    parser.add_argument("--technique", action="append", help="one of the techniques; all where none is named")
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.models if name not in every]:
+        parser.error(f"there is no model {unknown[0]!r} here: name {', '.join(every)}")
+    for name in given.models or every:
+        known = RESULTS.entries().get(name, {}).get("techniques", {})
+        wanted = {key: text for key, text in techniques_of(name).items() if key in (given.technique or (key,))}
+        if not given.models:
+            wanted = {key: text for key, text in wanted.items() if key not in known}
+        if wanted:
+            found = measure(name, wanted)
+            # times compare with the exact artifact of their own run: a model that is measured anew forgets the others
+            kept = known if given.technique or not given.models else {}
+            RESULTS.put(name, {**found, "techniques": {**kept, **found["techniques"]}})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
