@@ -130,6 +130,49 @@ def lengths(found: Mapping[str, Any]) -> str:
     )
 
 
+def linearization(found: Mapping[str, Any]) -> str:
+    """Linear attention on trained tasks, before and after recovery; and what the gate of lengths says."""
+    parts = []
+    for name, entry in found["models"].items():
+        about = (
+            f"`{name}` on `{entry['task']}` ({entry['metric']}): {entry['original']:.4f}, the best trivial predictor "
+            f"{entry['trivial']:.4f}"
+        )
+        rows = [
+            [method, *["refused"] * 3]
+            if "refused" in row
+            else [method, f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['margin_after']:.0%}"]
+            for method, row in entry["methods"].items()
+        ]
+        told = [
+            f"- `{row['pass']}`, {row['at']}: {row['layers']} layers; {'; '.join(row['refusals'])}"
+            for row in entry["gate"]
+        ]
+        parts += [about, table(["method", "untrained", "recovered", "margin kept"], rows), "\n".join(told)]
+    return "\n\n".join(parts)
+
+
+def sparsification(found: Mapping[str, Any]) -> str:
+    """A part of attention: what is left to compute, what it reaches and how fast it is."""
+    parts = []
+    for name, entry in found["models"].items():
+        about = f"`{name}`"
+        if "exact" in entry:
+            about += f" on `{entry['task']}` ({entry['metric']}, {entry['count']} items): exact {entry['exact']:.4f}"
+        lengths = list(dict.fromkeys(length for row in entry["techniques"].values() for length in row.get("timed", ())))
+        rows = []
+        for technique, row in entry["techniques"].items():
+            if technique == "exact" or "refused" in row:
+                continue
+            reached = f"{row['value']:.4f}" if "value" in row else f"{row['distance']:.4f}" if "distance" in row else ""
+            times = [speedup(row.get("timed", {}).get(length, {}).get("speedup")) for length in lengths]
+            rows.append([technique, f"{row['flops_left']:.0%}", reached, *times])
+        columns = ["technique", "FLOPs left", "reached", *(f"times as fast at {length} tokens" for length in lengths)]
+        refused = {row["refused"]: label for label, row in entry["techniques"].items() if "refused" in row}
+        parts += [about, table(columns, rows), "\n".join(f"- {label}: {why}" for why, label in refused.items())]
+    return "\n\n".join(part for part in parts if part)
+
+
 def tvm(found: Mapping[str, Any]) -> str:
     """TVM's target beside ONNX Runtime's."""
     parts = []
@@ -199,6 +242,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "reconstruction": ("Weights rounded as training finds", reconstruction),
     "packing": ("Padding-free execution", packing),
     "lengths": ("Attention against length", lengths),
+    "linearize": ("Linear attention on tasks", linearization),
+    "sparsify": ("A part of attention", sparsification),
     "tvm": ("TVM", tvm),
     "retraining": ("Trained again", retraining),
     "multiplication-free": ("Layers without multiplications", multiplication_free),
