@@ -165,7 +165,7 @@ def gate(subject: Subject, passes: set[str]) -> list[dict[str, Any]]:
     found = []
     for text in sorted(passes):
         asked = text.replace("force=true,", "").replace("force=true", "")
-        for what, data in (("task", subject.samples[:1]), (f"{SHORT} tokens", shortened(subject))):
+        for what, data in (("task", subject.samples), (f"{SHORT} tokens", shortened(subject))):
             if data is None:
                 continue
             told = replace(subject, samples=data).run(asked, time=clock).history[-1]
@@ -176,10 +176,11 @@ def gate(subject: Subject, passes: set[str]) -> list[dict[str, Any]]:
 
 
 def shortened(subject: Subject) -> list[dict[str, torch.Tensor]] | None:
-    """Return a batch cut to a short length, or None where the length is fixed."""
+    """Return the longest batch cut to a short length, or None where the length is fixed."""
     if "length" not in subject.program.dims:
         return None
-    return [{name: value[:, :SHORT] for name, value in subject.samples[0].items()}]
+    longest = max(subject.samples, key=lambda batch: max(value.shape[1] for value in batch.values()))
+    return [{name: value[:, :SHORT] for name, value in longest.items()}]
 
 
 def main(arguments: Sequence[str]) -> None:
