@@ -194,6 +194,9 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.models if name not in MODELS]:
         parser.error(f"there is no model {unknown[0]!r} here: name {', '.join(MODELS)}")
+    for method in given.method or ():
+        if not any(method in methods for methods, _ in MODELS.values()):
+            parser.error(f"there is no method {method!r}: name {', '.join({**SEQUENCES, **IMAGES})}")
     results = ResultsFile(given.output, "xformopt/linearize/1")
     for name in given.models or [name for name in MODELS if name not in results.entries()]:
         methods, options = MODELS[name]

@@ -262,6 +262,9 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.models if name not in every]:
         parser.error(f"there is no model {unknown[0]!r} here: name {', '.join(every)}")
+    techniques = dict.fromkeys(technique for name in every for technique in techniques_of(name))
+    if unknown := [technique for technique in given.technique or () if technique not in techniques]:
+        parser.error(f"there is no technique {unknown[0]!r}: name {', '.join(techniques)}")
     for name in given.models or every:
         known = RESULTS.entries().get(name, {}).get("techniques", {})
         wanted = {key: text for key, text in techniques_of(name).items() if key in (given.technique or (key,))}
