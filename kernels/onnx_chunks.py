@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 __all__ = ["first_state", "from_chunks", "heads_in_chunks", "product_with_transposed", "running_sum", "states"]
 
 
-def heads_in_chunks(b: Builder, value: ir.Value, heads: int, depth: int) -> ir.Value:
-    """Turn ``[B, T, heads * depth]`` into ``[B, heads, N, CHUNK, depth]``, the last chunk filled with zeros."""
-    missing = b.op("Mod", b.op("Neg", b.size(value, 1)), b.constant([CHUNK], np.int64))
+def heads_in_chunks(b: Builder, value: ir.Value, heads: int, depth: int, chunk: int = CHUNK) -> ir.Value:
+    """Turn ``[B, T, heads * depth]`` into ``[B, heads, N, chunk, depth]``, the last chunk filled with zeros."""
+    missing = b.op("Mod", b.op("Neg", b.size(value, 1)), b.constant([chunk], np.int64))
     before = b.constant([0, 0, 0, 0], np.int64)
     padded = b.op("Pad", value, b.op("Concat", before, missing, b.constant([0], np.int64), axis=0))
-    apart = b.op("Transpose", b.reshape(padded, 0, -1, CHUNK, heads, depth), perm=[0, 3, 1, 2, 4])
+    apart = b.op("Transpose", b.reshape(padded, 0, -1, chunk, heads, depth), perm=[0, 3, 1, 2, 4])
     apart.type = value.type
     return apart
 
 
 def from_chunks(b: Builder, value: ir.Value, like: ir.Value, width: int) -> ir.Value:
-    """Turn ``[B, H, N, CHUNK, E]`` into ``[B, T, width]`` with the T of ``like``."""
+    """Turn ``[B, H, N, chunk, E]`` into ``[B, T, width]`` with the T of ``like``."""
     tokens = b.reshape(b.op("Transpose", value, perm=[0, 2, 3, 1, 4]), 0, -1, width)
     return b.op("Slice", tokens, b.constant([0], np.int64), b.size(like, 1), b.constant([1], np.int64))
 

@@ -11,7 +11,7 @@ from xformopt.kernels.onnx_form import Builder, XfNode
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["apart", "features", "width_of"]
+__all__ = ["apart", "features", "features_of_tokens", "width_of", "without_absent"]
 
 
 def apart(b: Builder, node: XfNode, x: ir.Value, depth: int) -> ir.Value:
@@ -41,3 +41,27 @@ def width_of(node: XfNode, feature: str) -> int:
     if node["projection"] is None:
         return node.size("q", -1) // int(node["heads"])
     return node.size("projection", 2) * (2 if feature == "hedgehog" else 1)
+
+
+def features_of_tokens(b: Builder, node: XfNode, name: str) -> ir.Value:
+    """Return the features of the queries or keys ``node[name]``, ``[B, T, heads * F]``."""
+    import onnx_ir as ir
+
+    x, feature, sizes = node[name], node["feature"], list(node[name].shape)
+    if node["projection"] is None:
+        mapped = features(b, node, x, feature)
+    else:
+        sizes[-1] = node["heads"] * width_of(node, feature)
+        heads = apart(b, node, x, node.size(name, -1) // node["heads"])
+        together = b.op("Transpose", features(b, node, heads, feature), perm=[0, 2, 1, 3])
+        mapped = b.reshape(together, 0, 0, sizes[-1])
+    mapped.shape, mapped.type = ir.Shape(sizes), x.type
+    return mapped
+
+
+def without_absent(b: Builder, x: ir.Value, key_mask: ir.Value, like: ir.Value) -> ir.Value:
+    """Return ``[B, T, C]`` with zeros where a key does not exist."""
+    exists = b.op("Unsqueeze", key_mask, b.constant([-1], np.int64))
+    masked = b.op("Where", exists, x, b.scalar(0.0, like))
+    masked.shape, masked.type = x.shape, x.type
+    return masked

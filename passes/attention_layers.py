@@ -21,6 +21,7 @@ _ATTENTION = (
     xf.linear_attention,
     xf.local_attention,
     xf.toeplitz_attention,
+    xf.windowed_linear_attention,
 )
 # what may stand between a projection and attention
 _BETWEEN = (

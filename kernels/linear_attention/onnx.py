@@ -8,7 +8,7 @@ import numpy as np
 
 from xformopt.kernels.chunks import CHUNK
 from xformopt.kernels.onnx_chunks import from_chunks, heads_in_chunks, product_with_transposed, running_sum
-from xformopt.kernels.onnx_features import apart, features, width_of
+from xformopt.kernels.onnx_features import features_of_tokens, width_of, without_absent
 from xformopt.kernels.onnx_form import Builder, Form, XfNode
 
 if TYPE_CHECKING:
@@ -19,30 +19,10 @@ __all__ = ["FORMS"]
 
 def states(b: Builder, node: XfNode) -> ir.Value:
     """By the state of all keys; where causal, chunkwise with a running sum of states over the chunks."""
-    q, k = (_feature(b, node, node[name], name) for name in ("q", "k"))
+    q, k = (features_of_tokens(b, node, name) for name in ("q", "k"))
     if node["key_mask"] is not None:
-        exists = b.op("Unsqueeze", node["key_mask"], b.constant([-1], np.int64))
-        masked = b.op("Where", exists, k, b.scalar(0.0, node["k"]))
-        masked.shape, masked.type = k.shape, k.type
-        k = masked
+        k = without_absent(b, k, node["key_mask"], node["k"])
     return (_causal if node["causal"] else _bidirectional)(b, node, q, k)
-
-
-def _feature(b: Builder, node: XfNode, x: ir.Value, name: str) -> ir.Value:
-    """Return the features of queries or keys, ``[B, T, heads * F]``."""
-    import onnx_ir as ir
-
-    feature, sizes = node["feature"], list(node[name].shape)
-    if node["projection"] is None:
-        mapped = features(b, node, x, feature)
-    else:
-        F = width_of(node, feature)
-        heads = apart(b, node, x, node.size(name, -1) // node["heads"])
-        together = b.op("Transpose", features(b, node, heads, feature), perm=[0, 2, 1, 3])
-        mapped = b.reshape(together, 0, 0, node["heads"] * F)
-        sizes[-1] = node["heads"] * F
-    mapped.shape, mapped.type = ir.Shape(sizes), node[name].type
-    return mapped
 
 
 def _bidirectional(b: Builder, node: XfNode, q: ir.Value, k: ir.Value) -> ir.Value:

@@ -4,11 +4,20 @@
 
 One W for each head, started at ``sqrt(s) I``, so that the exponents of phi(q) and phi(k) add up to those of softmax
 attention channel by channel; trained layer by layer, everything else frozen, to give the attention's output.  Rotary
-embeddings stay in queries and keys.  The published methods train afterwards, by LoRA on the model's own loss: run a
-recovery behind this pass.
+embeddings stay in queries and keys.
+
+With ``window``, keys less than that far away keep their exponential weights, and one sum divides both kinds (LoLCATs'
+hybrid), with a learned gamma of each head between them:
+
+    sum_near gamma exp(s q k_j) v_j + phi(q) sum_far phi(k_j)^T v_j
+    ---------------------------------------------------------------
+    sum_near gamma exp(s q k_j)     + phi(q) . sum_far phi(k_j)
+
+The published methods train afterwards, by LoRA on the model's own loss: run a recovery behind this pass.
 
 Zhang et al., The Hedgehog & the Porcupine, ICLR 2024, arXiv 2402.04347 (the map; there a map for queries and one for
-keys, here one for both); Zhang et al., LoLCATs, ICLR 2025, arXiv 2410.10254 (attention transfer by output error).
+keys, here one for both); Zhang et al., LoLCATs, ICLR 2025, arXiv 2410.10254 (attention transfer by output error, and
+the window).
 """
 
 from __future__ import annotations
@@ -41,6 +50,7 @@ class LinearizeLearnedMaps(FittedLinearization):
         iterations: Training steps of each layer, at most.
         minutes: What all training may take; None: no limit.
         rate: Learning rate of the maps.
+        window: Keys that a query keeps by softmax, its own included; of encoders on each side.  0: none.
 
     """
 
@@ -51,22 +61,48 @@ class LinearizeLearnedMaps(FittedLinearization):
     iterations: int = 200
     minutes: float | None = 5.0
     rate: float = 1e-2
+    window: int = 0
 
     sources: ClassVar[tuple[str, ...]] = (
         "Zhang et al., The Hedgehog & the Porcupine, ICLR 2024, arXiv 2402.04347",
-        "Zhang et al., LoLCATs, ICLR 2025, arXiv 2410.10254, section 3.2",
+        "Zhang et al., LoLCATs, ICLR 2025, arXiv 2410.10254, sections 3.2 and 3.3",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 0:
+            raise ValueError(f"window must be at least 1, or 0 for none, but is {self.window}")
+
     def refusal(self, site: Site, length: int, program: Program, context: Context) -> str | None:
-        """Refuse a bias that is not to be dropped."""
+        """Refuse a bias that is not to be dropped, and sequences within one window: nothing in them is linear."""
+        if self.window and length <= self.window:
+            return f"its sequences of {length} tokens lie within one window of {self.window}"
         return unexpressed_bias(site, self.bias)
 
     def build(self, editor: Editor, site: Site, trained: Trained) -> Form:
-        """Insert linear attention with the maps."""
+        """Insert linear attention with the maps, and with the window where there is one."""
         name = f"{site.node.name}.feature_map"
         start = math.sqrt(abs(site.scale)) * torch.eye(site.depth).repeat(site.heads, 1, 1)
         maps = editor.parameter(name, trained.get(name, start))
         k, v = (spread(editor, site, x) for x in (site.k, site.v))
+        if self.window:
+            name = f"{site.node.name}.gain"
+            gain = editor.parameter(name, trained.get(name, torch.zeros(site.heads)))
+            node = editor.call(
+                xf.windowed_linear_attention,
+                site.q,
+                k,
+                v,
+                gain,
+                site.key_mask,
+                maps,
+                heads=site.heads,
+                scale=site.scale,
+                window=self.window,
+                feature="hedgehog",
+                causal=site.causal,
+            )
+            return Form(node, (str(maps.target), str(gain.target)))
         node = editor.call(
             xf.linear_attention,
             site.q,

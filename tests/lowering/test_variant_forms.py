@@ -110,6 +110,14 @@ param %mu: f32[2,5,3]
 %o2: {OUT} = xf.flow_attention(%q, %k, %v) {{heads=2, causal=true}}
 %o3: {OUT} = xf.flow_attention(%q, %k, %v, %mask, %mask) {{heads=2, causal=true}}
 """,
+    "windowed_linear_attention": f"""
+param %gain: f32[2]
+param %w: f32[2,3,4]
+%o0: {OUT} = xf.windowed_linear_attention(%q, %k, %v, %gain, none, %w) {{heads=2, scale=0.7, window=5, causal=true}}
+%o1: {OUT} = xf.windowed_linear_attention(%q, %k, %v, %gain, %mask, %w) {{heads=2, scale=0.7, window=20, causal=true}}
+%o2: {OUT} = xf.windowed_linear_attention(%q, %k, %v, %gain, %mask, %w) {{heads=2, scale=0.7, window=17}}
+%o3: {OUT} = xf.windowed_linear_attention(%q, %k, %v, %gain) {{heads=2, scale=90.0, window=64, feature=elu}}
+""",
     "prefix_scan_attention": f"""
 param %query: f32[6]
 %o0: {OUT} = xf.prefix_scan_attention(%query, %k, %v) {{heads=2, scale=0.7}}

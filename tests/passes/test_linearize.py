@@ -180,6 +180,16 @@ ON_TARGET = [
 ]
 MORE_ON_TARGET = [
     ("llama", "linearize-learned-maps{force=true,iterations=5,max_error=9}", {"linear_attention"}),
+    (
+        "llama",
+        "linearize-learned-maps{force=true,iterations=5,max_error=9,window=32}",
+        {"windowed_linear_attention"},
+    ),
+    (
+        "vit",
+        "linearize-learned-maps{force=true,iterations=5,max_error=9,window=20}",
+        {"windowed_linear_attention"},
+    ),
     ("vit", "linearize-liger{force=true,window=32,max_error=9}", {"gated_linear_attention", "local_attention"}),
 ]
 

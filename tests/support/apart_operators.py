@@ -54,5 +54,6 @@ TESTED_APART = {
     "transform_tokens",
     "update_tokens",
     "unpack_tokens",
+    "windowed_linear_attention",
     "xca",
 }

@@ -45,6 +45,7 @@ _MIXERS = frozenset(
         "xf::selective_scan",
         "xf::ssd",
         "xf::toeplitz_attention",
+        "xf::windowed_linear_attention",
         "aten::bmm",
         "aten::convolution",
         "aten::matmul",
