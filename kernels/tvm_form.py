@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -42,8 +42,7 @@ class Machine:
     dot: str = "plain"
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """The part of a product that stays in registers: ``rows x columns``."""
 
     rows: int

@@ -271,7 +271,7 @@ def test_tiles_are_chosen_once_by_operator_and_width() -> None:
 
 def test_a_cache_from_elsewhere_is_ignored_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XFORMOPT_CACHE", str(tmp_path))
-    path = tmp_path / CACHE_FILE
+    path = tmp_path / "tuning" / CACHE_FILE
     path.parent.mkdir()
     path.write_text(json.dumps({"made_for": {"name": "another GPU"}, "tiles": {"attention": [1, 1, 1, 1, 0]}}))
     chosen, tried = choose_tiles({}, device="cpu", progress=lambda *_: None)

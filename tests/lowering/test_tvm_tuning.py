@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from xformopt.files import cache_folder
 from xformopt.kernels.attention.tvm import Sizes
 from xformopt.kernels.linear.tvm import matmul
 from xformopt.kernels.log_attention.tvm import Levels, log_attention
 from xformopt.kernels.tvm_form import Tile, Trial
 from xformopt.kernels.weight_only_linear.tvm import matmul as code_matmul
+from xformopt.lowering.tuning_cache import choices_file
 from xformopt.lowering.tvm_tuning import CACHE_FILE, Tiling, choose_tiles
 
 tvm = pytest.importorskip("tvm")
@@ -73,7 +73,7 @@ def test_operands_are_the_same_for_every_tile() -> None:
 
 def test_without_time_the_default_stays_and_is_not_remembered() -> None:
     assert choose({"matmul_8": trial()}, seconds=-1.0).tiles == {}
-    assert not (cache_folder() / CACHE_FILE).exists()
+    assert not (choices_file(CACHE_FILE)).exists()
 
 
 def test_a_tile_that_computes_something_else_is_not_taken() -> None:
@@ -91,7 +91,7 @@ def test_a_tile_that_computes_something_else_is_not_taken() -> None:
 @pytest.mark.parametrize("changed", ["cpu", "tvm", "version"])
 def test_answers_from_elsewhere_are_ignored_and_that_is_said(changed: str) -> None:
     choose({"matmul_8": trial()})
-    path = cache_folder() / CACHE_FILE
+    path = choices_file(CACHE_FILE)
     stored = json.loads(path.read_text())
     stored["made_for"][changed] = "another"
     path.write_text(json.dumps(stored))
@@ -101,7 +101,7 @@ def test_answers_from_elsewhere_are_ignored_and_that_is_said(changed: str) -> No
 
 
 def test_a_damaged_file_is_ignored_and_that_is_said() -> None:
-    path = cache_folder() / CACHE_FILE
+    path = choices_file(CACHE_FILE)
     path.parent.mkdir(parents=True)
     path.write_text("{")
     note, _ = choose({"matmul_8": trial()}).records

@@ -6,18 +6,16 @@ Triton.  A length is never part of it: a model that runs at another one keeps it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from xformopt.errors import LoweringError, OutputError
-from xformopt.files import cache_folder, write_atomically
+from xformopt.errors import LoweringError
 from xformopt.kernels.triton_form import Tile, Trial, load_kernels, use_tiles
+from xformopt.lowering.tuning_cache import TileCache
 
 __all__ = ["CACHE_FILE", "Tried", "choose_tiles", "describe_gpu", "time_on_gpu"]
 
@@ -26,7 +24,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 # raised with what kernels compute, so that answers for others are not taken
 _VERSION = 1
-CACHE_FILE = Path("tuning") / "triton-tiles.json"
+CACHE_FILE = "triton-tiles.json"
 # a tile must beat the one kept until then by this much
 _WORTH = 0.98
 _WARM_UP, _ROUNDS = 3, 15
@@ -64,7 +62,9 @@ def choose_tiles(
         LoweringError: no tile of a trial runs on this GPU.
 
     """
-    known, tried = _read_cache(device)
+    cache = _cache(device)
+    known, ignored = cache.read()
+    tried = [Tried("", "tuning cache", None, None, ignored)] if ignored else []
     waiting = {key: trial for key, trial in trials.items() if key not in known}
     for done, (key, trial) in enumerate(waiting.items()):
         progress(f"timing tiles of {key}", done, len(waiting))
@@ -72,7 +72,7 @@ def choose_tiles(
         tried.append(best)
         assert best.tile is not None
         known[key] = best.tile
-        _write_cache(known, device)
+        cache.write(known)
     progress("timing tiles", len(waiting), len(waiting))
     return {key: known[key] for key in trials}, tuple(tried)
 
@@ -140,38 +140,9 @@ def _name_of(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "the processor"
 
 
-def _header(device: str) -> dict[str, Any]:
+def _cache(device: str) -> TileCache[Tile]:
     import triton
 
     gpu = describe_gpu() if device == "cuda" else {"name": "interpreter"}
-    return {"version": _VERSION, "triton": triton.__version__, "torch": torch.__version__, **gpu}
-
-
-def _read_cache(device: str) -> tuple[dict[str, Tile], list[Tried]]:
-    """Return what was found earlier; a file from elsewhere is left out, and that is said."""
-    path = cache_folder() / CACHE_FILE
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        header, tiles = stored["made_for"], {key: Tile(*map(int, tile)) for key, tile in stored["tiles"].items()}
-    except FileNotFoundError:
-        return {}, []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, [_ignored("it cannot be read")]
-    expected = _header(device)
-    if header != expected:
-        differing = [name for name, value in expected.items() if header.get(name) != value]
-        return {}, [_ignored(f"it was made for another {', '.join(differing)}")]
-    return tiles, []
-
-
-def _ignored(why: str) -> Tried:
-    return Tried("", "tuning cache", None, None, f"{CACHE_FILE.name} is ignored: {why}")
-
-
-def _write_cache(tiles: Mapping[str, Tile], device: str) -> None:
-    content = {"made_for": _header(device), "tiles": {key: list(tile) for key, tile in tiles.items()}}
-    try:
-        write_atomically(cache_folder() / CACHE_FILE, json.dumps(content, indent=1))
-    except (OSError, OutputError):
-        # a cache that cannot be written only costs time
-        return
+    made_for = {"version": _VERSION, "triton": triton.__version__, "torch": torch.__version__, **gpu}
+    return TileCache(CACHE_FILE, Tile, made_for)

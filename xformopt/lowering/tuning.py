@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from xformopt.errors import ArtifactError, OutputError
-from xformopt.files import cache_folder, write_atomically
+from xformopt.errors import ArtifactError
 from xformopt.lowering.manifest import SessionSettings, TuningRecord
 from xformopt.lowering.onnx_export import Exported
 from xformopt.lowering.onnx_files import CandidateFolder
 from xformopt.lowering.onnx_forms import build_graph, offered_forms
 from xformopt.lowering.ort_session import OrtSession
 from xformopt.lowering.reference import largest_gap
+from xformopt.lowering.tuning_cache import choices_file, write_choices
 from xformopt.measure.machine import describe_machine
 from xformopt.program.text import canonical_text
 
@@ -250,7 +250,7 @@ def _gpu() -> str:
 
 def _read_cache(key: str) -> Tuned | None:
     try:
-        stored = json.loads((cache_folder() / "tuning" / f"{key}.json").read_text())
+        stored = json.loads(choices_file(f"{key}.json").read_text(encoding="utf-8"))
         records = tuple(TuningRecord.model_validate(record) for record in stored["records"])
         return Tuned(dict(stored["forms"]), records)
     except (OSError, ValueError, KeyError, TypeError):
@@ -259,9 +259,4 @@ def _read_cache(key: str) -> Tuned | None:
 
 
 def _write_cache(key: str, tuned: Tuned) -> None:
-    content = {"forms": tuned.forms, "records": [record.model_dump() for record in tuned.records]}
-    try:
-        write_atomically(cache_folder() / "tuning" / f"{key}.json", json.dumps(content, indent=1))
-    except (OSError, OutputError):
-        # a cache that cannot be written only costs time
-        return
+    write_choices(f"{key}.json", {"forms": tuned.forms, "records": [record.model_dump() for record in tuned.records]})

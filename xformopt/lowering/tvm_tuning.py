@@ -5,20 +5,17 @@ The answers are kept in one file of the cache folder, by function and its sizes,
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xformopt.errors import OutputError
-from xformopt.files import cache_folder, write_atomically
 from xformopt.kernels.tvm_form import Tile, Trial
 from xformopt.lowering.manifest import TuningRecord
+from xformopt.lowering.tuning_cache import TileCache
 from xformopt.measure.machine import describe_machine
 
 __all__ = ["CACHE_FILE", "Tiling", "choose_tiles"]
@@ -27,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 
 # raised with what kernels compute, so that answers for others are not taken
 _VERSION = 1
-CACHE_FILE = Path("tuning") / "tvm-tiles.json"
+CACHE_FILE = "tvm-tiles.json"
 # a tile must beat the one kept until then by this much
 _WORTH = 0.98
 _FEW_ROUNDS, _ROUNDS = 3, 11
@@ -64,7 +61,9 @@ def choose_tiles(
     """
     # read when the first parallel loop makes the pool
     os.environ.setdefault("TVM_NUM_THREADS", str(threads))
-    known, records = _read_cache()
+    cache = _cache()
+    known, ignored = cache.read()
+    records = [TuningRecord(operator="tvm", form="tuning cache", note=ignored)] if ignored else []
     search = _Search(build, time.process_time if threads == 1 else time.perf_counter, time.monotonic() + seconds)
     open_trials = {name: trial for name, trial in trials.items() if _key(name, threads) not in known}
     for done, (name, trial) in enumerate(open_trials.items()):
@@ -73,7 +72,7 @@ def choose_tiles(
         records.append(record)
         if is_whole:
             known[_key(name, threads)] = best
-            _write_cache(known)
+            cache.write(known)
         elif best != trial.default:
             known[_key(name, threads)] = best
     progress("timing tiles", len(open_trials), len(open_trials))
@@ -174,42 +173,13 @@ def _key(name: str, threads: int) -> str:
     return f"{name} on {threads} threads"
 
 
-def _header() -> dict[str, Any]:
+def _cache() -> TileCache[Tile]:
     machine = describe_machine()
-    return {
+    made_for = {
         "version": _VERSION,
         "cpu": machine.cpu,
         "isa": list(machine.isa),
         "cores": machine.cores,
         "tvm": machine.packages.get("apache-tvm"),
     }
-
-
-def _read_cache() -> tuple[dict[str, Tile], list[TuningRecord]]:
-    """Return what was found earlier; a file from elsewhere is left out, and that is said."""
-    path = cache_folder() / CACHE_FILE
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        header, tiles = stored["made_for"], {key: Tile(*map(int, tile)) for key, tile in stored["tiles"].items()}
-    except FileNotFoundError:
-        return {}, []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, [_ignored("it cannot be read")]
-    expected = _header()
-    if header != expected:
-        differing = [name for name, value in expected.items() if header.get(name) != value]
-        return {}, [_ignored(f"it was made for another {', '.join(differing)}")]
-    return tiles, []
-
-
-def _ignored(why: str) -> TuningRecord:
-    return TuningRecord(operator="tvm", form="tuning cache", note=f"{CACHE_FILE.name} is ignored: {why}")
-
-
-def _write_cache(tiles: Mapping[str, Tile]) -> None:
-    content = {"made_for": _header(), "tiles": {key: [tile.rows, tile.columns] for key, tile in tiles.items()}}
-    try:
-        write_atomically(cache_folder() / CACHE_FILE, json.dumps(content, indent=1))
-    except (OSError, OutputError):
-        # a cache that cannot be written only costs time
-        return
+    return TileCache(CACHE_FILE, Tile, made_for)
