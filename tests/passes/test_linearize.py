@@ -280,6 +280,7 @@ def test_without_calibration_data(llama: Program) -> None:
         "linearize-flow{rate=0}",
         "linearize-flow{iterations=0}",
         "linearize-learned-maps{bias=keep}",
+        "linearize-learned-maps{window=-1}",
     ],
 )
 def test_options_are_checked(text: str) -> None:
@@ -287,13 +288,19 @@ def test_options_are_checked(text: str) -> None:
         parse_pass(text)
 
 
-def test_the_longest_input_decides_what_a_form_can_do_and_the_usual_one_what_pays() -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), [("linearize-liger", {}), ("linearize-learned-maps", {"window": 64, "iterations": 1})]
+)
+def test_the_longest_input_decides_what_a_form_can_do_and_the_usual_one_what_pays(
+    name: str, options: dict[str, object]
+) -> None:
     program = Program.parse(
         'program "m" lifted\ndim batch in [1, inf]\ndim length in [1, 512]\n'
         "input %x: f32[batch,length,8]\n"
         "%y: f32[batch,length,8] = xf.attention(%x, %x, %x) {heads=2, kv_heads=2, scale=0.5}\nreturn y=%y\n"
     )
     short, long = ({"x": torch.randn(2, length, 8)} for length in (30, 100))
-    assert run("linearize-liger", program, [short, short, long], force=True).changed
-    refused = run("linearize-liger", program, [short, short], force=True)
+    options = {**options, "force": True, "max_error": 99.0}
+    assert run(name, program, [short, short, long], **options).changed
+    refused = run(name, program, [short, short], **options)
     assert "30 tokens lie within one window" in refused.rejected[0].reason
