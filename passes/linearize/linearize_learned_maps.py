@@ -87,7 +87,9 @@ class LinearizeLearnedMaps(FittedLinearization):
         k, v = (spread(editor, site, x) for x in (site.k, site.v))
         if self.window:
             name = f"{site.node.name}.gain"
-            gain = editor.parameter(name, trained.get(name, torch.zeros(site.heads)))
+            # both kinds of weights agree where the logits are zero, as phi(0) . phi(0) is 2 / depth
+            even = torch.full((site.heads,), math.log(2 / site.depth))
+            gain = editor.parameter(name, trained.get(name, even))
             node = editor.call(
                 xf.windowed_linear_attention,
                 site.q,

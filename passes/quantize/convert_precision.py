@@ -70,8 +70,11 @@ class ConvertPrecision(Pass):
         rejected = tuple(Rejected(self.name, path_of(node), node.name, why) for node, why in kept.items())
         others = set(_TYPES.values()) - {to}
         done = convert_precision(program, others, to, keep=kept.__contains__)
-        changed = str(done) != str(program)
-        return PassResult(done if changed else program, changed, rejected=rejected)
+        if str(done) == str(program):
+            return PassResult(program, False, rejected=rejected)
+        computed = sum(_computes_in(node, {to}) for node in done.nodes())
+        note = f"{computed} of {len(list(done.nodes()))} operators compute in {self.to}"
+        return PassResult(done, True, rejected=rejected, notes=(note,))
 
     def _is_skipped(self, node: fx.Node) -> bool:
         return any(fnmatchcase(path_of(node), pattern) for pattern in self.skip)
