@@ -276,6 +276,13 @@ def test_batches_are_held_out_at_equal_distances() -> None:
     assert Settings().judged(15) == ()
 
 
+def test_judging_takes_a_fifth_of_the_time_at_most() -> None:
+    settings = Settings(held_out=3)
+    assert [settings.judgements(60.0, one) for one in (0.0, 1.0, 2.0, 5.0, 50.0)] == [10, 10, 6, 2, 2]
+    assert settings.judgements(None, 50.0) == 10
+    assert Settings().judgements(60.0, 1.0) == 1
+
+
 def test_an_update_of_low_rank_starts_at_nothing() -> None:
     start = torch.randn(7, 5)
     variable = LowRank(start, rank=2)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 __all__ = ["Settings"]
 
+# how often a training is judged on what is held out, and which share of a limited time that may take
+_MOST_JUDGED, _FEWEST_JUDGED, _JUDGING = 10, 2, 0.2
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,8 +24,9 @@ class Settings:
         cosine: Whether the rate falls to 0 afterwards, as half a cosine.
         decay: Of AdamW, in every step ``value -= rate decay value``.
         clip: The norm that the gradient of all variables together is cut to; None: none.
-        held_out: Batches that are not trained on.  Ten times in a training, the block is judged on them, and the best
-            values are kept.  0: it is judged once, in the end, on what it was trained on.
+        held_out: Batches that are not trained on.  Up to ten times in a training, less often where that takes more than
+            a fifth of the minutes, the block is judged on them, and the best values are kept.  0: it is judged once,
+            in the end, on what it was trained on.
         memory: Bytes of values between blocks that are held in memory; what is more goes to a temporary file.
 
     """
@@ -53,6 +57,14 @@ class Settings:
     def judged(self, batches: int) -> tuple[int, ...]:
         """Return the numbers of the batches that are held out, at equal distances."""
         return tuple(int((index + 0.5) * batches / self.held_out) for index in range(self.held_out))
+
+    def judgements(self, seconds: float | None, one: float) -> int:
+        """Return how often a training of so many seconds is judged, where ``one`` judgement takes that many."""
+        if not self.held_out:
+            return 1
+        if seconds is None:
+            return _MOST_JUDGED
+        return max(_FEWEST_JUDGED, min(_MOST_JUDGED, int(_JUDGING * seconds / max(one, 1e-9))))
 
     def rate(self, step: int, steps: int) -> float:
         """Return the share of the full learning rate in a step."""

@@ -15,7 +15,7 @@ from xformopt.files import cache_folder, write_atomically
 
 __all__ = ["State", "key_of"]
 
-_VERSION = 2
+_VERSION = 3
 
 
 def key_of(parts: Sequence[object], batches: Sequence[Mapping[str, torch.Tensor]]) -> str:

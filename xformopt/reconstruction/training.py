@@ -23,8 +23,6 @@ __all__ = ["Attempt", "Job", "Objective", "Place", "Training", "squared_error"]
 # the penalty's weight, the share of the steps before it sets in, and how beta falls from there
 _LAMBDA, _WARMUP, _BETA = 10.0, 0.2, (20.0, 2.0)
 _FEWEST_STEPS, _TIMED_STEPS = 20, 4
-# how often a training is judged on what is held out
-_JUDGED = 10
 _SECONDS_BETWEEN_SAVES = 20.0
 _TINY = 1e-30
 
@@ -153,7 +151,11 @@ class Training:
         judging = time.monotonic() - started
         self.best = _Best(untrained, before)
         saved = self.job.state.read(self.partial)
-        steps = int(saved[1]["iterations"]) if saved is not None else self._affordable(seconds, before, judging)
+        if saved is not None:
+            steps, self.judgements = int(saved[1]["iterations"]), int(saved[1]["judgements"])
+        else:
+            self.judgements = self.job.settings.judgements(seconds, judging)
+            steps = self._affordable(seconds, before, judging)
         groups = [{"params": [variable.leaf], "lr": variable.rate(steps)} for variable in self.made.values()]
         adam = torch.optim.AdamW(groups, weight_decay=self.job.settings.decay)
         done = 0 if saved is None else self._restore(adam, *saved)
@@ -191,9 +193,7 @@ class Training:
         adam.step()
 
     def _is_judged_after(self, done: int, steps: int) -> bool:
-        if not self.job.settings.held_out:
-            return done == steps
-        return done * _JUDGED // steps > (done - 1) * _JUDGED // steps
+        return done * self.judgements // steps > (done - 1) * self.judgements // steps
 
     def _judge(self) -> None:
         """Keep what has been trained so far if it is the best yet."""
@@ -227,7 +227,7 @@ class Training:
             took.append(time.monotonic() - started)
         for variable in self.made.values():
             variable.leaf.grad = None
-        left = seconds - judging * (_JUDGED + 1 if self.job.settings.held_out else 2)
+        left = seconds - judging * (self.judgements + 1)
         typical = sum(took[1:]) / len(took[1:])
         return max(min(most, int(left / max(typical, 1e-9))), min(most, _FEWEST_STEPS))
 
@@ -284,7 +284,8 @@ class Training:
             tensors |= {f"{name}/leaf": variable.leaf, f"{name}/mean": moments["exp_avg"]}
             tensors |= {f"{name}/square": moments["exp_avg_sq"], f"{name}/step": moments["step"]}
             tensors[f"{name}/best"] = self.best.results[name]
-        facts = {"step": step, "iterations": steps, "seconds": seconds, "error": self.best.error}
+        facts = {"step": step, "iterations": steps, "judgements": self.judgements, "seconds": seconds}
+        facts["error"] = self.best.error
         self.job.state.write(self.partial, tensors, facts)
 
     def _restore(self, adam: torch.optim.AdamW, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> int:
