@@ -104,7 +104,7 @@ class LinearizeLearnedMaps(FittedLinearization):
                 feature="hedgehog",
                 causal=site.causal,
             )
-            return Form(node, (str(maps.target), str(gain.target)))
+            return Form(node, (str(maps.target), str(gain.target)), swift=(str(gain.target),))
         node = editor.call(
             xf.linear_attention,
             site.q,

@@ -39,6 +39,8 @@ __all__ = ["FittedLinearization", "Form", "Linearization", "Pairs", "Trained"]
 # fitted parameters by name
 Trained = dict[str, torch.Tensor]
 
+_SWIFT = 10.0
+
 
 @dataclass(frozen=True)
 class Form:
@@ -47,12 +49,14 @@ class Form:
     Attributes:
         node: Its result.
         parameters: Those that can be fitted, by name.
+        swift: Of these, numbers that may have to go far.
         watched: A value that the method wants samples of.
 
     """
 
     node: fx.Node
     parameters: tuple[str, ...] = ()
+    swift: tuple[str, ...] = ()
     watched: fx.Node | None = None
 
 
@@ -223,7 +227,7 @@ class Pairs:
             )
         self.paired = self.program.copy()
         self.pairs: dict[str, str] = {}  # from the name of a form to that of its attention
-        self.parameters: list[str] = []
+        self.parameters: dict[str, float] = {}  # from those to fit to their pace, as a multiple of the learning rate
         self.watched: dict[str, str] = {}  # from the name of an attention to that of a value of its form
         self.cuts: list[tuple[str, list[str]]] = []
         named = {node.name: node for node in self.paired.graph.nodes}
@@ -242,7 +246,7 @@ class Pairs:
         self.cuts.append((f"before {path}", [value.name for value in read if value.op == "call_function"]))
         self.cuts.append((path, [form.node.name, node.name]))
         self.pairs[form.node.name] = node.name
-        self.parameters += form.parameters
+        self.parameters |= {name: _SWIFT if name in form.swift else 1.0 for name in form.parameters}
         if form.watched is not None:
             self.watched[node.name] = form.watched.name
 
@@ -255,7 +259,7 @@ class Pairs:
             self.paired,
             self.paired,
             self.context.calibration,
-            {name: partial(Free, start[name], rate=rate) for name in self.parameters},
+            {name: partial(Free, start[name], rate=rate * pace) for name, pace in self.parameters.items()},
             settings,
             describes=(method.name, asdict(method)),
             blocks=cut_at(self.paired, self.cuts),
