@@ -139,7 +139,7 @@ class LinearizeEco(FittedLinearization):
             scale=1.0,
             causal=site.causal,
         )
-        return Form(node, (*names, *values, name), shared)
+        return Form(node, (*names, *values, name), watched=shared)
 
     def train(self, pairs: Pairs) -> tuple[Trained, list[str]]:
         """Distil the shared projections, learn the codes, and fit the values behind them."""
