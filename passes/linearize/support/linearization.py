@@ -261,7 +261,7 @@ class Pairs:
             self.context.calibration,
             {name: partial(Free, start[name], rate=rate * pace) for name, pace in self.parameters.items()},
             settings,
-            describes=(method.name, asdict(method)),
+            describes=(method.name, asdict(method), self.parameters),
             blocks=cut_at(self.paired, self.cuts),
             objective=partial(_distance, self.pairs),
             progress=self.context.progress,
