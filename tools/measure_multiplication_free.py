@@ -60,9 +60,9 @@ JUDGED = {
     "shift, 5 bits": ("quantize-shift{layers=all,exponent_bits=5}",),
     LOG: ("adalog{weight_bits=8,activation_bits=4}", "fuse-log-attention"),
     "hashed tables": ("tabulate-linears",),
-    "hashed tables, then recovery": ("tabulate-linears", "recover-accuracy{minutes=2}"),
-    CODES: ("linearize-eco{force=true,max_error=99,minutes=2}",),
-    "codes as bits, then recovery": ("linearize-eco{force=true,max_error=99,minutes=2}", "recover-accuracy{minutes=2}"),
+    "hashed tables, then recovery": ("tabulate-linears", "recover-accuracy{minutes=1}"),
+    CODES: ("linearize-eco{force=true,max_error=99,minutes=1}",),
+    "codes as bits, then recovery": ("linearize-eco{force=true,max_error=99,minutes=1}", "recover-accuracy{minutes=1}"),
 }
 THREADS = 2
 TUNING_SECONDS = 60.0
