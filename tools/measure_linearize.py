@@ -65,6 +65,8 @@ MODELS: dict[str, tuple[dict[str, tuple[str, str]], str]] = {
     "digits-vit": (IMAGES, ""),
 }
 FIT_MINUTES = 2.0
+# how recovery trains a model of 64 channels
+RECOVERY = {"recall-llama": ",learning_rate=5e-3"}
 # what comes between the first and the second half of recovery
 BETWEEN = {"eco, codes learned anew": "rehash-attention"}
 
@@ -78,6 +80,7 @@ class Subject:
     task: Task
     samples: list[dict[str, torch.Tensor]]
     minutes: float
+    recovery: str
 
     def run(self, *passes: str, time: Any = None) -> PipelineResult:
         """Run passes on the model."""
@@ -95,7 +98,7 @@ def subject_of(name: str, samples: int, minutes: float) -> Subject:
     program = capture_original(label).program
     task = find_task(find_trained(name).task)
     data = calibration_of(replace(task, samples=samples), program)
-    return Subject(label, program, task, data, minutes)
+    return Subject(label, program, task, data, minutes, RECOVERY.get(name, ""))
 
 
 def measure(subject: Subject, methods: dict[str, tuple[str, str]], options: str) -> dict[str, Any]:
@@ -130,9 +133,9 @@ def one(
     before = subject.run(linearize)
     fitted = time.perf_counter() - started
     record = before.history[-1]
-    recover = [f"recover-accuracy{{minutes={subject.minutes},train={train}}}"]
+    recover = [f"recover-accuracy{{minutes={subject.minutes},train={train}{subject.recovery}}}"]
     if between is not None:
-        half = f"recover-accuracy{{minutes={subject.minutes / 2},train={train}}}"
+        half = f"recover-accuracy{{minutes={subject.minutes / 2},train={train}{subject.recovery}}}"
         recover = [half, between, half]
     started = time.perf_counter()
     after = subject.run(linearize, *recover)
