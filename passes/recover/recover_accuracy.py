@@ -120,7 +120,7 @@ class RecoverAccuracy(Pass):
         """Train; the program stays as it is where that does not help."""
         original = _original(context)
         _check_data(context.calibration, 1)
-        if distance(original, program, context.calibration) < _ALIKE:
+        if all(distance(original, program, [batch]) < _ALIKE for batch in context.calibration):
             return _unchanged(program, "it answers as the original does")
         _check_data(context.calibration, 2)
         settings = self._settings(len(context.calibration), context.seed)
