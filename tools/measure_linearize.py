@@ -48,7 +48,7 @@ SEQUENCES = {
     "liger": ("linearize-liger{force=true%s}", LORA),
     "liger, window only": ("linearize-liger{force=true,window_only=true%s}", LORA),
     "learned maps": ("linearize-learned-maps{force=true,max_error=1%s}", ALL),
-    "learned maps and window": ("linearize-learned-maps{force=true,max_error=1,window=64%s}", ALL),
+    "learned maps and window": ("linearize-learned-maps{force=true,max_error=9,window=64%s}", ALL),
     "flow": ("linearize-flow{force=true%s}", ALL),
 }
 IMAGES = {
