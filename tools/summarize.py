@@ -138,17 +138,26 @@ def linearization(found: Mapping[str, Any]) -> str:
             f"`{name}` on `{entry['task']}` ({entry['metric']}): {entry['original']:.4f}, the best trivial predictor "
             f"{entry['trivial']:.4f}"
         )
+        details = [detail for detail in entry["original_details"] if "share" not in detail]
+        about += "".join(f"; {detail} {entry['original_details'][detail]:.4f}" for detail in details)
         rows = [
-            [method, *["refused"] * 3]
+            [method, *["refused"] * (4 + len(details))]
             if "refused" in row
-            else [method, f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['margin_after']:.0%}"]
+            else [
+                method,
+                str(row["layers"]),
+                *(f"{row[when]:.4f}" for when in ("before", "after")),
+                f"{row['margin_after']:.0%}",
+                *(f"{row['details_after'][detail]:.4f}" for detail in details),
+            ]
             for method, row in entry["methods"].items()
         ]
         told = [
             f"- `{row['pass']}`, {row['at']}: {row['layers']} layers; {'; '.join(row['refusals'])}"
             for row in entry["gate"]
         ]
-        parts += [about, table(["method", "untrained", "recovered", "margin kept"], rows), "\n".join(told)]
+        columns = ["method", "layers", "untrained", "recovered", "margin kept", *details]
+        parts += [about, table(columns, rows), "\n".join(told)]
     return "\n\n".join(parts)
 
 
