@@ -153,7 +153,7 @@ def linearization(found: Mapping[str, Any]) -> str:
             for method, row in entry["methods"].items()
         ]
         told = [
-            f"- `{row['pass']}`, {row['at']}: {row['layers']} layers; {'; '.join(row['refusals'])}"
+            "; ".join((f"- `{row['pass']}`, {row['at']}: {row['layers']} layers", *row["refusals"]))
             for row in entry["gate"]
         ]
         columns = ["method", "layers", "untrained", "recovered", "margin kept", *details]
